@@ -1,0 +1,126 @@
+"""The engine: a scheduler, a block pool and a runner, stepped by whoever owns the thread.
+
+Knows no event loop and no network; torch only if its runner does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+
+from kvmesh.engine.api import EngineRequest, Event, Failed, KvArray, KvLayout, KvReady
+from kvmesh.engine.batch import Runner
+from kvmesh.engine.cache.block_pool import BlockPool
+from kvmesh.engine.scheduler import Export, Iteration, Scheduler
+from kvmesh.errors import InvalidArgument
+from kvmesh.types import BLOCK_TOKENS, WorkerCapacity, WorkerStatistics
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Implements `engine.api.Engine` on any `engine.batch.Runner`.
+
+    `token_budget`: tokens computed in one iteration at most (decodes first, prompt chunks with the rest).
+    `max_running`: samples that hold blocks at once. `max_waiting`: requests that may queue.
+    """
+
+    def __init__(
+        self, runner: Runner, *, max_running: int = 64, max_waiting: int = 256, token_budget: int = 512
+    ) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(
+            BlockPool(runner.blocks),
+            max_model_len=runner.max_model_len,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            token_budget=token_budget,
+        )
+        self._totals = {"requests": 0, "tokens": 0}
+
+    @property
+    def layout(self) -> KvLayout:
+        return self.runner.layout
+
+    @property
+    def capacity(self) -> WorkerCapacity:
+        """What the engine can hold, as a worker advertises it."""
+        return WorkerCapacity(
+            blocks=self.runner.blocks,
+            block_tokens=BLOCK_TOKENS,
+            max_running=self.scheduler.max_running,
+            max_model_len=self.scheduler.max_model_len,
+            end_layer=self.layout.layers,
+            memory_bytes=self.runner.blocks * BLOCK_TOKENS * self.layout.bytes_per_token,
+        )
+
+    def add(self, request: EngineRequest) -> None:
+        self.scheduler.add(request)
+        self._totals["requests"] += 1
+
+    def import_kv(self, request_id: str, start: int, data: KvArray) -> None:
+        sequence = self.scheduler.loading.get(request_id)
+        if sequence is None:
+            return
+        tokens = data.shape[2] if data.ndim == 5 else 0
+        expected = self.layout.chunk_shape(tokens)
+        if data.shape != expected or data.dtype != self.layout.wire_dtype:
+            raise InvalidArgument(
+                f"KV of {data.dtype}{list(data.shape)} is not {self.layout.wire_dtype}{list(expected)}"
+            )
+        if not 0 <= start <= start + tokens <= len(sequence.group.request.prompt):
+            raise InvalidArgument(f"KV of tokens [{start}, {start + tokens}) is beyond the prompt")
+        # Blocks found in the pool are shared with others and final: they are never written.
+        skip = max(0, sequence.computed - start)
+        if skip < tokens:
+            self.runner.write_kv(sequence.blocks, start + skip, data[:, :, skip:])
+
+    def start(self, request_id: str, computed_tokens: int, exports: Collection[tuple[int, int]] = ()) -> None:
+        self.scheduler.start(request_id, computed_tokens, exports)
+
+    def abort(self, request_id: str) -> bool:
+        return self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> Sequence[Event]:
+        iteration = self.scheduler.schedule()
+        if not iteration.rows:
+            return iteration.events
+        try:
+            sampled = self.runner.run(iteration.batch)
+        except Exception as error:
+            log.exception("an iteration of %d rows failed", len(iteration.rows))
+            return [*iteration.events, *self._fail(iteration, error)]
+        tokens, exports = self.scheduler.complete(iteration, sampled)
+        self._totals["tokens"] += len(tokens)
+        return [*iteration.events, *tokens, *map(self._export, exports)]
+
+    def _export(self, export: Export) -> KvReady:
+        data = self.runner.read_kv(export.block_ids, export.start, export.end - export.start)
+        return KvReady(export.request_id, export.start, data)
+
+    def _fail(self, iteration: Iteration, error: Exception) -> list[Event]:
+        request_ids = dict.fromkeys(sequence.group.request.request_id for sequence in iteration.sequences)
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+        return [Failed(request_id, error) for request_id in request_ids]
+
+    def statistics(self) -> WorkerStatistics:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return WorkerStatistics(
+            running=scheduler.samples(scheduler.running) + scheduler.samples(scheduler.loading.values()),
+            waiting=len(scheduler.waiting),
+            blocks_total=pool.total,
+            blocks_used=pool.used,
+            blocks_cached=pool.cached,
+            requests_total=self._totals["requests"],
+            tokens_total=self._totals["tokens"],
+            hits_total=scheduler.hit_tokens,
+            misses_total=scheduler.queried_tokens - scheduler.hit_tokens,
+            preemptions_total=scheduler.preemptions,
+        )
+
+    def check_integrity(self) -> list[str]:
+        return self.scheduler.check_integrity()

@@ -1,0 +1,314 @@
+"""Iteration-level scheduling over a block pool: who computes what in the next step.
+
+Each iteration (Orca, OSDI'22) takes every sequence that needs one token first, then chunks of prompts within a token
+budget (Sarathi-Serve, arXiv 2403.02310, §4.2). Prefill-only, decode-only and mixed service are what the requests ask,
+not modes of this class. Blocks of a whole prompt are reserved on admission, in order of arrival; when a running
+sequence finds no block, the youngest running one is preempted and recomputed later (vLLM, arXiv 2309.06180, §4.5).
+
+Pure: no torch, no clock, no threads. It does not compute, and it does not move KV: it says what is to be done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from kvmesh.engine.api import Admitted, Computing, EngineRequest, Event, TokenOutput
+from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.cache.block_pool import BlockPool
+from kvmesh.engine.sequence import Group, SampleState, Sequence
+from kvmesh.errors import AlreadyExists, InvalidArgument, Overloaded
+from kvmesh.types import BLOCK_TOKENS, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """KV of tokens [start, end) of a block table is final and was asked for; read it before the next iteration."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Iteration:
+    """One step: the batch to run, whose rows belong to `sequences` in order, and what happened on the way."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(tuple(self.rows), tuple(self.copies))
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class Scheduler:
+    """Owns the pool and every request. Every sequence is in exactly one of waiting, loading and running."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_model_len: int, max_running: int, max_waiting: int, token_budget: int
+    ) -> None:
+        self.pool = pool
+        self.max_model_len = min(max_model_len, pool.total * BLOCK_TOKENS)
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.token_budget = token_budget
+        self.groups: dict[str, Group] = {}
+        self.waiting: deque[Sequence] = deque()
+        self.loading: dict[str, Sequence] = {}
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    # What the outside asks ---------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """See `engine.api.Engine.add`."""
+        if request.request_id in self.groups:
+            raise AlreadyExists(f"request {request.request_id} is already running")
+        longest = len(request.prompt) + max((len(sample.tokens) for sample in request.samples), default=0)
+        if not request.prompt or not request.samples:
+            raise InvalidArgument("the prompt is empty" if not request.prompt else "there are no samples")
+        if longest >= self.max_model_len:
+            raise InvalidArgument(f"{longest} tokens leave no room in a context of {self.max_model_len}")
+        if len(self.waiting) >= self.max_waiting:
+            raise Overloaded(f"{self.max_waiting} requests are waiting already")
+        if len(request.samples) > self.max_running:
+            raise Overloaded(f"{len(request.samples)} samples exceed the {self.max_running} that may run at once")
+        group = Group(request)
+        self.groups[request.request_id] = group
+        self.waiting.extend(group.sequences)
+
+    def start(self, request_id: str, computed_tokens: int, exports: Collection[tuple[int, int]]) -> None:
+        """See `engine.api.Engine.start`."""
+        sequence = self.loading.pop(request_id, None)
+        if sequence is None:
+            return
+        sequence.group.exports.extend(exports)
+        sequence.computed = max(sequence.computed, min(computed_tokens, sequence.reusable))
+        self._publish(sequence)
+        self._activate(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """See `engine.api.Engine.abort`."""
+        group = self.groups.pop(request_id, None)
+        if group is None:
+            return False
+        self.loading.pop(request_id, None)
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.group is not group)
+        self.running = [sequence for sequence in self.running if sequence.group is not group]
+        for sequence in group.sequences:
+            self.pool.release(sequence.blocks)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or (bool(self.waiting) and self._fits(self.waiting[0]))
+
+    def samples(self, sequences: Collection[Sequence]) -> int:
+        return sum(len(sequence.samples) for sequence in sequences)
+
+    # One iteration -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Iteration:
+        """Admits, then picks rows: decodes first, then prompt chunks while the token budget lasts."""
+        iteration = Iteration()
+        self._admit(iteration)
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        self._add_rows(decoding, len(decoding), iteration)
+        prefilling = [sequence for sequence in self.running if sequence.pending > 1]
+        self._add_rows(prefilling, max(1, self.token_budget - len(iteration.rows)), iteration)
+        return iteration
+
+    def complete(self, iteration: Iteration, sampled: list[list[SampledToken]]) -> tuple[list[Event], list[Export]]:
+        """Takes in what the batch produced; returns the tokens, and the exports to read before the next iteration."""
+        events: list[Event] = []
+        exports: list[Export] = []
+        for sequence, row, tokens in zip(iteration.sequences, iteration.rows, sampled, strict=True):
+            sequence.computed += len(row.token_ids)
+            self._publish(sequence)
+            exports += self._due_exports(sequence)
+            if not sequence.pending:
+                events += self._extend(sequence, tokens)
+        return events, exports
+
+    # Admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, iteration: Iteration) -> None:
+        while self.waiting and self._fits(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self._reserve(sequence)
+            group = sequence.group
+            first = not group.admitted
+            group.admitted = True
+            if first:
+                iteration.events.append(Admitted(group.request.request_id, sequence.computed))
+            if first and group.request.load_kv:
+                self.loading[group.request.request_id] = sequence
+            else:
+                self._activate(sequence)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        alive = self.samples(self.running) + self.samples(self.loading.values())
+        if alive and alive + len(sequence.samples) > self.max_running:
+            return False
+        hits = self._hits(sequence)
+        needed = blocks_for(len(sequence.tokens)) - len(hits) + self.pool.free_among(hits)
+        # Running sequences grow: without a reserve the newcomer would be preempted at once.
+        reserve = max(alive, self.pool.total // 100) if alive else 0
+        return needed + reserve <= self.pool.free
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        return self.pool.match(sequence.block_hashes(sequence.reusable))
+
+    def _reserve(self, sequence: Sequence) -> None:
+        hits = self._hits(sequence)
+        self.pool.share(hits)
+        sequence.blocks = hits + self.pool.allocate(blocks_for(len(sequence.tokens)) - len(hits))
+        sequence.computed = len(hits) * BLOCK_TOKENS
+        sequence.published = len(hits)
+        self.queried_tokens += sequence.reusable
+        self.hit_tokens += sequence.computed
+
+    def _activate(self, sequence: Sequence) -> None:
+        if sequence.pending:
+            self.running.append(sequence)
+        else:
+            self._fork(sequence)
+
+    # Blocks ------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
+        """Sees that the next tokens have blocks of their own; False if the sequence itself had to give way."""
+        while not self._writable(sequence, tokens, iteration):
+            victim = next(one for one in reversed(self.running) if one not in iteration.sequences)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _writable(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
+        first = sequence.computed // BLOCK_TOKENS
+        grows = max(0, blocks_for(sequence.computed + tokens) - len(sequence.blocks))
+        copies = first < len(sequence.blocks) and self.pool.shared(sequence.blocks[first])
+        if grows + copies > self.pool.free:
+            return False
+        if copies:
+            (fresh,) = self.pool.allocate(1)
+            iteration.copies.append((sequence.blocks[first], fresh))
+            self.pool.release([sequence.blocks[first]])
+            sequence.blocks[first] = fresh
+        sequence.blocks += self.pool.allocate(grows)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _publish(self, sequence: Sequence) -> None:
+        full = sequence.computed // BLOCK_TOKENS
+        if full > sequence.published:
+            hashes = sequence.block_hashes(sequence.computed)
+            for position in range(sequence.published, full):
+                self.pool.publish(sequence.blocks[position], hashes[position])
+            sequence.published = full
+
+    # Rows and results --------------------------------------------------------------------------------------------
+
+    def _add_rows(self, sequences: list[Sequence], budget: int, iteration: Iteration) -> None:
+        for sequence in sequences:
+            tokens = min(budget, sequence.pending)
+            # One that was preempted to make room for another holds no blocks.
+            if tokens and sequence.blocks and self._make_room(sequence, tokens, iteration):
+                self._add_row(sequence, tokens, iteration)
+                budget -= tokens
+
+    def _add_row(self, sequence: Sequence, tokens: int, iteration: Iteration) -> None:
+        group, start = sequence.group, sequence.computed
+        if not group.computing:
+            group.computing = True
+            iteration.events.append(Computing(group.request.request_id))
+        draws = tuple(self._draws(sequence)) if tokens == sequence.pending else ()
+        iteration.sequences.append(sequence)
+        iteration.rows.append(Row(sequence.tokens[start : start + tokens], start, sequence.blocks, draws))
+
+    def _draws(self, sequence: Sequence) -> Iterator[Draw]:
+        request = sequence.group.request
+        for sample in sequence.drawing:
+            yield Draw(request.sampling, sample.index, len(sample.output), request.prompt, sample.output)
+
+    def _due_exports(self, sequence: Sequence) -> Iterator[Export]:
+        group = sequence.group
+        while group.exports and group.exports[0][1] <= sequence.computed:
+            start, end = group.exports.popleft()
+            yield Export(group.request.request_id, tuple(sequence.blocks[: blocks_for(end)]), start, end)
+
+    def _extend(self, sequence: Sequence, tokens: list[SampledToken]) -> list[TokenOutput]:
+        outputs = [
+            self._output(sequence.group, sample, token) for sample, token in zip(sequence.drawing, tokens, strict=True)
+        ]
+        ended = {output.index for output in outputs if output.last}
+        if len(sequence.samples) > 1:
+            sequence.samples = [sample for sample in sequence.samples if sample.index not in ended]
+            self._fork(sequence)
+        elif ended:
+            self._retire(sequence)
+        else:
+            sequence.tokens.append(tokens[0].token_id)
+        return outputs
+
+    def _output(self, group: Group, sample: SampleState, token: SampledToken) -> TokenOutput:
+        request, offset = group.request, len(sample.output)
+        sample.output.append(token.token_id)
+        stopped = offset >= request.sampling.min_tokens and token.token_id in request.sampling.ending_token_ids
+        full = min(request.sampling.max_tokens, self.max_model_len - len(request.prompt))
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if len(sample.output) >= full else None
+        return TokenOutput(
+            request.request_id,
+            sample.index,
+            offset,
+            token.token_id,
+            token.logprobs,
+            reason,
+            token.token_id if stopped else None,
+            reason is not None or request.prefill_only,
+        )
+
+    def _fork(self, trunk: Sequence) -> None:
+        children = [trunk.fork(sample) for sample in trunk.samples]
+        for child in children:
+            self.pool.share(child.blocks)
+        trunk.group.sequences += children
+        self.running += children
+        self._retire(trunk)
+
+    def _retire(self, sequence: Sequence) -> None:
+        group = sequence.group
+        self.pool.release(sequence.blocks)
+        group.sequences.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if not group.sequences:
+            del self.groups[group.request.request_id]
+
+    def check_integrity(self) -> list[str]:
+        """Pool counts against every block table, and every sequence in exactly one place."""
+        alive = [sequence for group in self.groups.values() for sequence in group.sequences]
+        places = [*self.waiting, *self.loading.values(), *self.running]
+        problems = self.pool.check_integrity([sequence.blocks for sequence in alive])
+        if sorted(map(id, alive)) != sorted(map(id, places)):
+            problems.append(f"{len(alive)} live sequences, {len(places)} in waiting, loading and running")
+        return problems
