@@ -19,7 +19,11 @@ def generate(output: Path) -> int:
     well_known = str(files("grpc_tools") / "_proto")
     outs = [f"--{kind}={output}" for kind in ("python_out", "grpc_python_out")]
     stubs = [f"--{kind}=quiet:{output}" for kind in ("mypy_out", "mypy_grpc_out")]
-    return int(protoc.main(["protoc", f"-I{PROTOS}", f"-I{well_known}", *outs, *stubs, *sources]))
+    # The plugins of this very environment, on PATH or not.
+    plugins = [
+        f"--plugin={name}={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
+    return int(protoc.main(["protoc", f"-I{PROTOS}", f"-I{well_known}", *plugins, *outs, *stubs, *sources]))
 
 
 if __name__ == "__main__":

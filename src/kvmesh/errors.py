@@ -11,7 +11,8 @@
     └── Aborted                ABORTED
 
 Anything else that reaches a servicer is a bug and becomes INTERNAL. `kvmesh.rpc.interceptors` applies the table on the
-way out, `kvmesh.rpc.channel` reverses it on the way in; nobody else translates.
+way out, `kvmesh.rpc.stream` reverses it on the way in (both through
+`kvmesh.rpc.status`); nobody else translates.
 """
 
 from __future__ import annotations
