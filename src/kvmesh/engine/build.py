@@ -1,0 +1,121 @@
+"""Builds an engine from a model folder: chooses dtype, device and the size of the KV pool. Reads no environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvmesh.engine.api import KvLayout
+from kvmesh.engine.loading import load
+from kvmesh.engine.models.config import parse
+from kvmesh.engine.runner import TorchRunner
+from kvmesh.errors import InvalidArgument
+from kvmesh.hub import ModelFolder
+from kvmesh.types import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from kvmesh.engine.core import EngineCore
+
+DEFAULT_KV_MEMORY = 1 << 30
+
+
+def build_engine(
+    folder: ModelFolder,
+    *,
+    dtype: str = "auto",
+    blocks: int | None = None,
+    memory_bytes: int | None = None,
+    max_running: int = 64,
+    max_waiting: int = 256,
+    token_budget: int = 512,
+    threads: int = 1,
+    max_model_len: int | None = None,
+    device: str = "auto",
+) -> EngineCore:
+    """Loads the model and gives it `blocks` blocks of KV, or as many as `memory_bytes` holds (1 GiB by default).
+
+    `threads` is torch's number of threads for the whole process: one per process is best on shared cores.
+
+    Raises:
+        InvalidArgument: unsupported model or dtype, or a pool too small for one sequence of `max_model_len`.
+        NotFound: weight files are missing.
+    """
+    from kvmesh.engine.core import EngineCore
+
+    torch.set_num_threads(threads)
+    runner = build_runner(folder, dtype, blocks, memory_bytes, max_model_len, device)
+    return EngineCore(runner, max_running=max_running, max_waiting=max_waiting, token_budget=token_budget)
+
+
+def build_runner(
+    folder: ModelFolder,
+    dtype: str = "auto",
+    blocks: int | None = None,
+    memory_bytes: int | None = None,
+    max_model_len: int | None = None,
+    device: str = "auto",
+) -> TorchRunner:
+    """The runner of `build_engine`, for those who schedule themselves."""
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    model = load(folder, dtype, device)
+    if blocks is None:
+        blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
+    return TorchRunner(model, blocks, max_model_len)
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is a device, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, device: str = "cpu") -> str:
+    """`auto` is float32 on a CPU, where results are exact, and bfloat16 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def kv_layout_of(folder: ModelFolder, dtype: str) -> KvLayout:
+    """The shape of a model's KV in a resolved dtype, without loading it."""
+    config = parse(folder.config)
+    return KvLayout(config.layers, config.kv_heads, config.head_dim, dtype)
+
+
+def blocks_within(layout: KvLayout, memory_bytes: int | None, free: int) -> int:
+    """Blocks of KV that `memory_bytes` hold; by default 1 GiB, or half of what is free if that is less.
+
+    Raises:
+        InvalidArgument: not even one block.
+    """
+    block_bytes = layout.bytes_per_token * BLOCK_TOKENS
+    budget = min(DEFAULT_KV_MEMORY, free // 2) if memory_bytes is None else memory_bytes
+    if budget < block_bytes:
+        raise InvalidArgument(f"{budget} bytes of KV memory do not hold one block of {block_bytes} bytes")
+    return budget // block_bytes
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that this process may still take: of the device, of the machine, of its control group."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
+    machine = _available()
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(machine, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return machine
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

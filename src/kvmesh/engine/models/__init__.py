@@ -1,0 +1,1 @@
+"""Decoders: pure functions of hidden states and weights; they know neither requests nor the paging of KV."""

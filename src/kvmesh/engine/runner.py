@@ -1,0 +1,109 @@
+"""Runs one iteration on torch: block copies, the forward pass over flattened tokens, and a draw per due token.
+
+Implements `batch.Runner`. Knows no queue, no prefix cache and no policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from kvmesh.engine.api import KvArray, KvLayout
+from kvmesh.engine.attention.cpu import CpuAttention
+from kvmesh.engine.attention.interface import Attention, Segment
+from kvmesh.engine.attention.pool import KvPool
+from kvmesh.engine.batch import Batch, Row, SampledToken
+from kvmesh.engine.models.llama import Decoder
+from kvmesh.engine.sampling import sample
+
+AttentionFactory = Callable[[KvPool, Sequence[int | None]], Attention]
+
+
+class TorchRunner:
+    """A whole model and `blocks` blocks of its KV on the model's device."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        blocks: int,
+        max_model_len: int | None = None,
+        attention: AttentionFactory = CpuAttention,
+    ) -> None:
+        self._model = model
+        self._pool = KvPool(kv_layout(model), blocks, model.device)
+        self._attention = attention(self._pool, model.windows)
+        self._max_model_len = min(max_model_len or model.config.max_model_len, model.config.max_model_len)
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._pool.layout
+
+    @property
+    def blocks(self) -> int:
+        return self._pool.blocks
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._model.config.vocabulary_size
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[list[SampledToken]]:
+        self._pool.copy(batch.copies)
+        logits = self._logits(batch.rows)
+        draws = [draw for row in batch.rows for draw in row.draws]
+        sampled = iter(sample(logits, draws) if draws else ())
+        return [[next(sampled) for _ in row.draws] for row in batch.rows]
+
+    @torch.inference_mode()
+    def read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> KvArray:
+        return self._pool.read(block_ids, start, tokens)
+
+    @torch.inference_mode()
+    def write_kv(self, block_ids: Sequence[int], start: int, data: KvArray) -> None:
+        self._pool.write(block_ids, start, data)
+
+    def _logits(self, rows: Sequence[Row]) -> Tensor:
+        """Logits of the last token of each row, once per draw: `[draws, vocabulary]`."""
+        if not rows:
+            return torch.empty(0)
+        model = self._model
+        self._attention.plan([Segment(row.start, len(row.token_ids), row.block_ids) for row in rows])
+        hidden = model.embed(self._tensor(chain.from_iterable(row.token_ids for row in rows)))
+        hidden = model.forward(hidden, self._tensor(chain.from_iterable(map(_positions, rows))), self._attention)
+        drawn, repeats = _drawn(rows)
+        if not drawn:
+            return torch.empty(0)
+        logits = model.logits(hidden.index_select(0, self._tensor(drawn)))
+        return logits if max(repeats) == 1 else logits.repeat_interleave(self._tensor(repeats), dim=0)
+
+    def _tensor(self, values: chain[int] | list[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._model.device)
+
+
+def _positions(row: Row) -> range:
+    return range(row.start, row.start + len(row.token_ids))
+
+
+def _drawn(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """Where in the flattened tokens the drawing rows end, and how many draws each has."""
+    ends, repeats, end = [], [], 0
+    for row in rows:
+        end += len(row.token_ids)
+        if row.draws:
+            ends.append(end - 1)
+            repeats.append(len(row.draws))
+    return ends, repeats
+
+
+def kv_layout(model: Decoder) -> KvLayout:
+    """The shape of this model's KV."""
+    config = model.config
+    dtype = str(model.dtype).removeprefix("torch.")
+    return KvLayout(model.end_layer - model.first_layer, config.kv_heads, config.head_dim, dtype)
