@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from kvmesh.background import background
 from kvmesh.errors import InvalidArgument, Unavailable
 from kvmesh.registry import scripts
 from kvmesh.rpc.convert import worker_info_from_proto, worker_info_to_proto
@@ -82,13 +83,10 @@ class Registry:
         """Registers and beats every ttl / 3 until the block is left, then deregisters. Redis may come and go."""
         registration = Registration(info)
         await self._try_beat(registration)
-        beating = asyncio.create_task(self._keep_beating(registration), name=f"heartbeat of {info.worker_id}")
         try:
-            yield registration
+            async with background(self._keep_beating(registration), f"heartbeat of {info.worker_id}"):
+                yield registration
         finally:
-            beating.cancel()
-            with suppress(asyncio.CancelledError):
-                await beating
             await self._deregister(registration)
 
     async def list(self) -> list[WorkerInfo]:

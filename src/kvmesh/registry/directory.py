@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
+from kvmesh.background import background
 from kvmesh.errors import Unavailable
 from kvmesh.registry.client import Registry, Snapshot
 from kvmesh.types import Role, WorkerInfo
@@ -79,7 +80,7 @@ class Directory(StaticDirectory):
         self._poll = poll
         self._generation: str | None = None
         self._keep_until = 0.0
-        self._polling: asyncio.Task[None] | None = None
+        self._stack = AsyncExitStack()
 
     async def refresh(self) -> None:
         try:
@@ -94,14 +95,11 @@ class Directory(StaticDirectory):
 
     async def __aenter__(self) -> Directory:
         await self.refresh()
-        self._polling = asyncio.create_task(self._keep_polling(), name="directory")
+        await self._stack.enter_async_context(background(self._keep_polling(), "directory"))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._polling is not None:
-            self._polling.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._polling
+        await self._stack.aclose()
 
     async def _keep_polling(self) -> None:
         while True:

@@ -21,7 +21,7 @@ class ChannelPool:
         self._options = options.merge(options.CHANNEL_OPTIONS, channel_options)
         self._telemetry = telemetry
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to host:port; connects with the first call."""
@@ -30,19 +30,24 @@ class ChannelPool:
             channel = self._channels[address] = self._open(address)
         return channel
 
-    def discard(self, address: str) -> None:
-        """Closes the channel to a peer that is gone, its calls with it; the next get() starts afresh. Idempotent."""
+    def discard(self, address: str, grace: float | None = None) -> None:
+        """Closes the channel to a peer that is gone; the next get() starts afresh. Idempotent.
+
+        Its calls are cancelled after `grace` seconds, at once without: a peer that drains still has some to end.
+        """
         channel = self._channels.pop(address, None)
         if channel is not None:
-            task = asyncio.ensure_future(channel.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            task = asyncio.ensure_future(channel.close(grace))
+            self._closing[task] = channel
+            task.add_done_callback(lambda done: self._closing.pop(done, None))
 
     async def close(self) -> None:
         """Closes every channel; calls still running are cancelled."""
-        for address in list(self._channels):
-            self.discard(address)
-        await asyncio.gather(*self._closing)
+        channels = [*self._channels.values(), *self._closing.values()]
+        self._channels.clear()
+        for task in list(self._closing):
+            task.cancel()
+        await asyncio.gather(*(channel.close() for channel in channels))
 
     async def __aenter__(self) -> ChannelPool:
         return self

@@ -1,0 +1,1 @@
+"""The decode service: fetches prompts' KV and generates tokens."""

@@ -1,0 +1,79 @@
+"""Proto <-> domain for DecodeService; nothing is decided here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+
+from kvmesh.engine.api import Sample
+from kvmesh.errors import InvalidArgument
+from kvmesh.rpc.convert import sampling_from_proto, ticket_from_proto, token_batch_to_proto
+from kvmesh.rpc.deadline import deadline_of
+from kvmesh.types import TokenBatch
+from kvmesh.v1 import decode_pb2 as pb
+from kvmesh.v1 import decode_pb2_grpc
+from kvmesh.worker.job import Job
+from kvmesh.worker.outbox import Outbox
+from kvmesh.worker.worker import DEFAULT_DEADLINE, Worker
+from kvmesh_decode.decode import Decode, Started
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Implements `kvmesh.v1.DecodeService`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._flow = Decode(worker)
+
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> None:  # type: ignore[override]
+        job = _job(request, self._worker.model.capacity.max_model_len)
+        await self._worker.check(job)
+
+        async def send(message: Started | list[TokenBatch]) -> None:
+            await outbox.send(_response(message))
+
+        async with Outbox(context.write, _progress, self._worker.alive) as outbox:
+            await self._flow.run(job, deadline_of(context, DEFAULT_DEADLINE), send)
+
+    async def AbortDecode(self, request: pb.AbortDecodeRequest, context: Context) -> pb.AbortDecodeResponse:
+        if not request.request_id:
+            raise InvalidArgument(violations=[("request_id", "must not be empty")])
+        return pb.AbortDecodeResponse(aborted=await self._worker.sessions.abort(request.request_id))
+
+
+def _job(request: pb.DecodeRequest, context_tokens: int) -> Job:
+    logprobs = request.logprobs if request.HasField("logprobs") else None
+    left = max(1, context_tokens - len(request.prompt_token_ids))
+    sampling = sampling_from_proto(request.sampling, request.stopping, logprobs, request.eos_token_ids, left)
+    return Job(
+        request.request_id,
+        request.model,
+        request.fingerprint,
+        tuple(request.prompt_token_ids),
+        tuple(Sample(sample.index, tuple(sample.token_ids)) for sample in request.samples),
+        sampling,
+        ticket_from_proto(request.ticket) if request.HasField("ticket") else None,
+        request.cache_salt,
+    )
+
+
+def _progress() -> pb.DecodeResponse:
+    return pb.DecodeResponse(progress=pb.DecodeProgress())
+
+
+def _response(message: Started | list[TokenBatch]) -> pb.DecodeResponse:
+    if not isinstance(message, Started):
+        return pb.DecodeResponse(tokens=pb.DecodeTokens(samples=[token_batch_to_proto(batch) for batch in message]))
+    return pb.DecodeResponse(
+        started=pb.DecodeStarted(
+            queue_seconds=message.queue_seconds,
+            transfer_seconds=message.transfer_seconds,
+            local_tokens=message.local_tokens,
+            fetched_tokens=message.fetched_tokens,
+            recomputed_tokens=message.recomputed_tokens,
+            recompute_reason=message.reason,
+        )
+    )

@@ -1,0 +1,1 @@
+"""The prefill service: computes prompts, publishes their KV, samples first tokens."""

@@ -1,0 +1,9 @@
+"""What the prefill service can be told: all of `WorkerConfig`, and so far nothing of its own."""
+
+from __future__ import annotations
+
+from kvmesh.worker.config import WorkerConfig
+
+
+class PrefillConfig(WorkerConfig):
+    """See `WorkerConfig`."""

@@ -1,0 +1,1 @@
+"""The router service: takes requests, places them on workers, and tells each one's story to its client."""

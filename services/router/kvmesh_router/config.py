@@ -1,0 +1,27 @@
+"""What the router can be told, by environment variables of prefix KVMESH_, beside what every process can."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from kvmesh.process import ProcessConfig
+
+
+class RouterConfig(ProcessConfig):
+    """Seconds where nothing else is said."""
+
+    model: str | None = None
+    """Where to load the model from that workers advertise by this name, or by the name of this folder."""
+    max_concurrent: int = Field(default=256, ge=1)
+    max_queued: int = Field(default=1024, ge=0)
+    default_deadline: float = Field(default=120.0, gt=0)
+    """For clients that set none."""
+    stall_timeout: float = Field(default=5.0, gt=0)
+    """Silence that makes a worker lost."""
+    client_stall_timeout: float = Field(default=30.0, gt=0)
+    """How long a client may not read."""
+    worker_patience: float = Field(default=3.0, ge=0)
+    """How long to wait for a worker to come when there is none."""
+    lease_ttl: float = Field(default=30.0, ge=1)
+    min_prefill_tokens: int = Field(default=0, ge=0)
+    """Shorter prompts are prefilled by the decode worker."""

@@ -1,0 +1,91 @@
+"""The entry point: gathers the commands, and turns every failure into one sentence and an exit status.
+
+0 success · 1 the mesh said no · 2 bad usage · 70 a bug · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvmesh import __version__
+from kvmesh.cli import bench, chat, generate, mesh, models, run, status
+from kvmesh.errors import KvmeshError
+
+BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
+DEBUG_VARIABLE = "KVMESH_DEBUG"
+
+app = typer.Typer(name="kvmesh", add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.command()(mesh.up)
+app.command()(mesh.down)
+app.command()(run.run)
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(status.status)
+app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvmesh {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve language models with separate router, prefill, decode and kvstore services."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> NoReturn:
+    """The console script `kvmesh`."""
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: list[str]) -> int:
+    """Runs one command line; returns its exit status and prints what went wrong, if anything did."""
+    try:
+        code = int(app(arguments, prog_name="kvmesh", standalone_mode=False) or 0)
+        return _fail("interrupted", code) if code == INTERRUPTED else code
+    except KvmeshError as error:
+        return _fail(str(error), 1)
+    except typer.TyperException as error:
+        return _fail(_usage(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not try to flush to them again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs the package {error.name!r}: pip install 'kvmesh[all]'", 1)
+    except OSError as error:
+        return _fail(str(error), 1)
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        return _fail(f"bug: {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows the traceback)", BUG)
+
+
+def _usage(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see `{context.command_path} --help`)" if context else ""
+    return f"{error.format_message().rstrip('.')}{hint}"
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"kvmesh: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,11 @@
+"""KV as something that can be named, encoded, stored and fetched.
+
+    keys       token ids      -> chunk keys
+    ticket     keys + sources -> KvTicket
+    bitstream  array          <-> checked bytes (codec: what the payload looks like)
+    client     KvTicket       -> bytes, to and from the sources
+    heap       for a process that moves many of them
+    index      keys           -> who stores them, in Redis
+
+Knows no engine and no torch.
+"""

@@ -1,0 +1,101 @@
+"""KV from the engine to the store: encoded and put chunk by chunk, while later chunks are still being computed.
+
+A chunk that cannot be put makes every later one useless to a decode worker: those are then not tried. So a store that
+is dead or slow costs bounded time and never the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from concurrent.futures import Executor
+from typing import Self
+
+from kvmesh.engine.api import KvReady
+from kvmesh.kv import bitstream
+from kvmesh.kv.client import StoreClient
+from kvmesh.types import ChunkRef, KvTicket
+
+UNUSED = KvTicket("", "", 0)
+
+
+class Publication:
+    """The chunks of one ticket.
+
+    `missing`: indices of those to publish, all others are in the store already; None: no source can be reached.
+    `async with` it: what is still under way at the end is cancelled.
+    """
+
+    def __init__(
+        self,
+        store: StoreClient,
+        pool: Executor,
+        ticket: KvTicket | None,
+        missing: Collection[int] | None,
+        *,
+        dtype: str,
+        timeout: float = 3.0,
+        in_flight: int = 4,
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._ticket = ticket or UNUSED
+        self._missing = frozenset(missing or ())
+        self._reachable = missing is not None
+        self._dtype = dtype
+        self._timeout = timeout
+        self._room = asyncio.Semaphore(in_flight)
+        self._indices = {chunk.start: index for index, chunk in enumerate(self._ticket.chunks)}
+        self._puts: dict[int, asyncio.Task[bool]] = {}
+        self._failed = len(self._ticket.chunks)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._puts.values():
+            task.cancel()
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Token ranges to ask of the engine, ascending."""
+        chunks = self._ticket.chunks
+        return [(chunks[index].start, chunks[index].end) for index in sorted(self._missing)]
+
+    def offer(self, ready: KvReady) -> None:
+        """Publishes a chunk whose KV is final; returns at once."""
+        index = self._indices[ready.start]
+        self._puts[index] = asyncio.create_task(self._put(index, ready))
+
+    async def finish(self, timeout: float) -> tuple[int, str]:
+        """Waits for what is under way, `timeout` seconds at most; (leading chunks published, why not all)."""
+        if self._puts:
+            await asyncio.wait(self._puts.values(), timeout=timeout)
+        if not self._reachable and self._ticket.chunks:
+            return 0, "no source of the ticket answers"
+        for index, chunk in enumerate(self._ticket.chunks):
+            if reason := self._problem(index, chunk):
+                return index, reason
+        return len(self._ticket.chunks), ""
+
+    def _problem(self, index: int, chunk: ChunkRef) -> str:
+        put = self._puts.get(index)
+        if index not in self._missing or (put and put.done() and not put.exception() and put.result()):
+            return ""
+        source = self._ticket.sources[chunk.source].worker_id
+        if put is None:
+            return f"the engine did not give out the chunk at token {chunk.start}"
+        if not put.done():
+            return f"{source} was too slow to take the chunk at token {chunk.start}"
+        return f"{source} did not take the chunk at token {chunk.start}"
+
+    async def _put(self, index: int, ready: KvReady) -> bool:
+        async with self._room:
+            if index > self._failed:
+                return False
+            first_layer = self._ticket.chunks[index].first_layer
+            loop = asyncio.get_running_loop()
+            bits = await loop.run_in_executor(self._pool, bitstream.encode, ready.data, self._dtype, first_layer)
+            done = await self._store.put(self._ticket, index, bits, timeout=self._timeout)
+            self._failed = self._failed if done else min(self._failed, index)
+            return done

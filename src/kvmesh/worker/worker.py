@@ -1,0 +1,64 @@
+"""What a flow has at hand: the parts of one worker, put together. Knows no service and no process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from kvmesh.kv.client import StoreClient
+from kvmesh.types import KvTicket, WorkerInfo, WorkerStatistics
+from kvmesh.worker.job import Job, Model, check, matches
+from kvmesh.worker.lease import Leases
+from kvmesh.worker.publication import Publication
+from kvmesh.worker.session import Sessions
+from kvmesh.worker.thread import EngineThread
+from kvmesh.worker.transfer import Importer
+
+DEFAULT_DEADLINE = 600.0
+"""Seconds that a request has whose caller set no deadline."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Of prefill and decode alike. `pool` encodes and decodes; `peers` asks who is in the mesh."""
+
+    model: Model
+    engine: EngineThread
+    store: StoreClient
+    sessions: Sessions
+    leases: Leases
+    importer: Importer
+    pool: Executor
+    peers: Callable[[], Awaitable[Iterable[WorkerInfo]]]
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        engine: EngineThread,
+        store: StoreClient,
+        pool: Executor,
+        peers: Callable[[], Awaitable[Iterable[WorkerInfo]]],
+    ) -> Worker:
+        importer = Importer(store, engine, pool)
+        return cls(model, engine, store, Sessions(engine), Leases(store), importer, pool, peers)
+
+    def alive(self) -> bool:
+        return self.engine.alive
+
+    def publication(self, ticket: KvTicket | None, missing: Collection[int] | None) -> Publication:
+        return Publication(self.store, self.pool, ticket, missing, dtype=self.engine.layout.dtype)
+
+    async def check(self, job: Job) -> None:
+        """Refuses what cannot be computed here; see `job.check`."""
+        peers = () if matches(job, self.model) else await self.peers()
+        check(job, self.model, peers)
+
+    async def statistics(self, check_integrity: bool = False) -> WorkerStatistics:
+        statistics = await self.engine.statistics()
+        statistics.leases = self.leases.count
+        statistics.draining = self.sessions.draining
+        if check_integrity:
+            statistics.integrity_errors = await self.engine.check_integrity()
+        return statistics
