@@ -93,7 +93,7 @@ class Paths:
         began, first, seen = time.perf_counter(), 0.0, 0
         async with stream(self._decode.Decode(request, timeout=300)) as call:
             async for message in call:
-                for batch in message.tokens.samples:
+                for batch in message.samples:
                     first = first or time.perf_counter() - began
                     seen += len(batch.token_ids)
                     self.messages += 1

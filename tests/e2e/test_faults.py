@@ -30,6 +30,9 @@ SETTINGS = {
 }
 PHASES = ("queued", "prefilling", "publishing", "handed over", "fetching", "decoding")
 SERVICES = (Role.PREFILL, Role.DECODE, Role.KVSTORE)
+# Where the loss must show in the reply, lest a test pass because the fault came too late.
+FELT_AS_RECOVERY = {(Role.PREFILL, "prefilling"), (Role.PREFILL, "publishing"), (Role.DECODE, "decoding")}
+FELT_AS_RECOMPUTATION = {(Role.KVSTORE, "publishing"), (Role.KVSTORE, "fetching")}
 salt = iter(range(10**6))
 
 
@@ -144,6 +147,10 @@ async def test_the_loss_of_a_process_costs_no_token(mesh, number, role, phase):
     for stream in moment.streams:
         assert stream.tokens == expected(stream.prompt)
         assert [choice.reason for choice in stream.finish.choices] == [FinishReason.LENGTH]
+    if (role, phase) in FELT_AS_RECOVERY:
+        assert sum(stream.finish.recoveries for stream in moment.streams) > 0
+    if (role, phase) in FELT_AS_RECOMPUTATION:
+        assert sum(stream.finish.usage.recomputed_tokens for stream in moment.streams) > 0
     await mesh.mend(victim)
     await mesh.assert_clean()
 

@@ -50,7 +50,7 @@ class Prefilled:
     first: list[int] = field(default_factory=list)
     info: prefill_pb2.PrefillFirstTokens | None = None
     published: prefill_pb2.PrefillPublished | None = None
-    order: list[str] = field(default_factory=list)
+    order: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Decoded:
     started: decode_pb2.DecodeStarted | None = None
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finished: dict[int, int] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
+    order: list[Any] = field(default_factory=list)
 
 
 class Calls:
@@ -152,11 +152,10 @@ class Calls:
         """`tokens` of the result begin with what `samples` had; offsets are checked to have no gap."""
         result = Decoded(tokens={index: list(output) for index, output in enumerate(samples)})
         async for response in self.decode_events(tokens, samples, *args, **changes):
-            kind = response.WhichOneof("event")
-            result.order.append(kind)
-            if kind == "started":
+            result.order.append([field.name for field, _ in response.ListFields()])
+            if response.HasField("started"):
                 result.started = response.started
-            for batch in response.tokens.samples:
+            for batch in response.samples:
                 assert batch.offset == len(result.tokens[batch.index])
                 result.tokens[batch.index] += batch.token_ids
                 if batch.finish_reason:

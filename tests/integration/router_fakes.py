@@ -55,7 +55,7 @@ def batch(index: int, offset: int, count: int, limit: int) -> common_pb2.TokenBa
 
 
 def decoded(*batches: common_pb2.TokenBatch) -> decode_pb2.DecodeResponse:
-    return decode_pb2.DecodeResponse(tokens=decode_pb2.DecodeTokens(samples=batches))
+    return decode_pb2.DecodeResponse(samples=batches)
 
 
 async def prefill_well(request: prefill_pb2.PrefillRequest, context: Any) -> AsyncIterator[prefill_pb2.PrefillResponse]:
@@ -75,7 +75,7 @@ def decode_until(tokens: int | None = None, then: Script | None = None, per_mess
     """Decodes well until the first sample has `tokens`, then as told (default: fails)."""
 
     async def script(request: decode_pb2.DecodeRequest, context: Any) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        yield decode_pb2.DecodeResponse(progress=decode_pb2.DecodeProgress())
+        yield decode_pb2.DecodeResponse()
         yield decode_pb2.DecodeResponse(started=decode_pb2.DecodeStarted(queue_seconds=0.125, fetched_tokens=7))
         at = {sample.index: len(sample.token_ids) for sample in request.samples}
         while at:

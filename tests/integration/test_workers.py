@@ -23,7 +23,7 @@ async def test_kv_travels_from_prefill_to_decode(mesh: Mesh, calls: Calls, token
     assert (first.published.chunks, first.published.reason) == (len(ticket.chunks), "")
     assert (await mesh.statistics("kvstore-0")).leases == 1
     rest = await calls.decode(text, [first.first], ticket)
-    assert rest.order[0] == "progress"
+    assert rest.order[0] == ["started", "samples"]
     assert (rest.started.fetched_tokens, rest.started.recomputed_tokens) == (tokens, 0)
     assert rest.started.recompute_reason == ""
     assert [rest.tokens[0]] == undisturbed(text)
@@ -129,8 +129,8 @@ async def test_samples_resume_each_from_where_they_were(calls: Calls) -> None:
 async def test_the_first_tokens_come_at_once_and_later_ones_as_they_are_ready(calls: Calls) -> None:
     rest = await calls.decode(prompt(20), [[]], None, replace(GREEDY, max_tokens=400))
     assert len(rest.tokens[0]) == 400
-    assert rest.order[:3] == ["progress", "started", "tokens"]
-    assert rest.order.count("tokens") <= 400
+    assert rest.order[0] == ["started", "samples"]
+    assert len(rest.order) <= 400
 
 
 async def test_heartbeats_while_nothing_else_is_said() -> None:

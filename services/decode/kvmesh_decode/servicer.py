@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -32,10 +33,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         job = _job(request, self._worker.model.capacity.max_model_len)
         await self._worker.check(job)
 
-        async def send(message: Started | list[TokenBatch]) -> None:
-            await outbox.send(_response(message))
+        # A message less before the first token: what was started goes with it, or with a heartbeat.
+        responses = _Responses()
 
-        async with Outbox(context.write, _progress, self._worker.alive) as outbox:
+        async def send(message: Started | list[TokenBatch]) -> None:
+            if isinstance(message, Started):
+                responses.started = message
+            else:
+                await outbox.send(responses.make(message))
+
+        async with Outbox(context.write, responses.make, self._worker.alive, at_once=False) as outbox:
             await self._flow.run(job, deadline_of(context, DEFAULT_DEADLINE), send)
 
     async def AbortDecode(self, request: pb.AbortDecodeRequest, context: Context) -> pb.AbortDecodeResponse:
@@ -60,20 +67,25 @@ def _job(request: pb.DecodeRequest, context_tokens: int) -> Job:
     )
 
 
-def _progress() -> pb.DecodeResponse:
-    return pb.DecodeResponse(progress=pb.DecodeProgress())
+class _Responses:
+    """`started` travels once, with the next message whatever that is."""
+
+    def __init__(self) -> None:
+        self.started: Started | None = None
+
+    def make(self, batches: Sequence[TokenBatch] = ()) -> pb.DecodeResponse:
+        """A message with these tokens; without any, a heartbeat."""
+        started, self.started = self.started, None
+        samples = [token_batch_to_proto(batch) for batch in batches]
+        return pb.DecodeResponse(samples=samples, started=_started(started) if started else None)
 
 
-def _response(message: Started | list[TokenBatch]) -> pb.DecodeResponse:
-    if not isinstance(message, Started):
-        return pb.DecodeResponse(tokens=pb.DecodeTokens(samples=[token_batch_to_proto(batch) for batch in message]))
-    return pb.DecodeResponse(
-        started=pb.DecodeStarted(
-            queue_seconds=message.queue_seconds,
-            transfer_seconds=message.transfer_seconds,
-            local_tokens=message.local_tokens,
-            fetched_tokens=message.fetched_tokens,
-            recomputed_tokens=message.recomputed_tokens,
-            recompute_reason=message.reason,
-        )
+def _started(started: Started) -> pb.DecodeStarted:
+    return pb.DecodeStarted(
+        queue_seconds=started.queue_seconds,
+        transfer_seconds=started.transfer_seconds,
+        local_tokens=started.local_tokens,
+        fetched_tokens=started.fetched_tokens,
+        recomputed_tokens=started.recomputed_tokens,
+        recompute_reason=started.reason,
     )

@@ -68,16 +68,14 @@ class Hops:
         async with stream(stub.Decode(request, timeout=self._timeout())) as call:
             messages = aiter(call)
             while (message := await self._next(messages, worker)) is not None:
-                match message.WhichOneof("event"):
-                    case "tokens":
-                        for delta in generation.take(message.tokens.samples):
-                            yield delta
-                        if not generation.unfinished:
-                            return
-                    case "started":
-                        generation.note_started(message.started)
-                        if ticket is not None:
-                            self.claim.taken_over()
+                if message.HasField("started"):
+                    generation.note_started(message.started)
+                    if ticket is not None:
+                        self.claim.taken_over()
+                for delta in generation.take(message.samples):
+                    yield delta
+                if not generation.unfinished:
+                    return
         raise Unavailable(f"{worker.worker_id} ended the generation early")
 
     async def _next(self, messages: AsyncIterator[Message], worker: WorkerInfo) -> Message | None:

@@ -13,6 +13,7 @@ from kvmesh.kv.index import ChunkIndex
 from kvmesh.process import Base, base, never
 from kvmesh.registry import Directory
 from kvmesh.registry.directory import StaticDirectory
+from kvmesh.rpc.options import TOKEN_OPTIONS
 from kvmesh.rpc.server import Server, Service
 from kvmesh.scheduling.admission import Admission
 from kvmesh.types import Role, WorkerInfo
@@ -53,7 +54,8 @@ async def router(config: RouterConfig) -> AsyncIterator[RouterProcess]:
     Raises:
         KvmeshError: it cannot start.
     """
-    async with base(config, Role.ROUTER) as ground, Directory(ground.registry) as directory:
+    ground_of_router = base(config, Role.ROUTER, channel_options=TOKEN_OPTIONS)
+    async with ground_of_router as ground, Directory(ground.registry) as directory:
         stored = ChunkIndex(ground.registry.redis).match
         async with serve_router(config, ground, directory, stored) as process:
             await process.presence.enter_async_context(ground.registered())

@@ -19,6 +19,7 @@ from kvmesh import __version__
 from kvmesh.process.config import ProcessConfig
 from kvmesh.registry import Registration, Registry
 from kvmesh.rpc.channel import ChannelPool
+from kvmesh.rpc.options import Options
 from kvmesh.rpc.server import Server, Service, serve
 from kvmesh.rpc.worker_service import ReadStatistics, WorkerServicer
 from kvmesh.telemetry import Telemetry, setup
@@ -64,7 +65,9 @@ class Base:
 
 
 @asynccontextmanager
-async def base(config: ProcessConfig, role: Role, described: WorkerInfo | None = None) -> AsyncIterator[Base]:
+async def base(
+    config: ProcessConfig, role: Role, described: WorkerInfo | None = None, channel_options: Options = ()
+) -> AsyncIterator[Base]:
     """The ground under a process of `role`; `described` has the fields that depend on its model or tiers.
 
     Raises:
@@ -84,7 +87,7 @@ async def base(config: ProcessConfig, role: Role, described: WorkerInfo | None =
         stack.push_async_callback(asyncio.to_thread, telemetry.shutdown)
         registry = Registry(config.redis_url, config.registry_ttl)
         stack.push_async_callback(registry.close)
-        channels = ChannelPool(telemetry)
+        channels = ChannelPool(telemetry, channel_options)
         stack.push_async_callback(channels.close)
         info = replace(
             described or WorkerInfo(worker_id, 0, role, "", 0),

@@ -34,6 +34,13 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+TOKEN_OPTIONS: Options = (
+    # A worker's next message leaves only when the router has asked for it, so a busy router finds in one message all
+    # tokens of the meantime: coalescing by backpressure, without a timer. Not for channels that carry KV.
+    ("grpc.http2.lookahead_bytes", 0),
+    ("grpc.http2.bdp_probe", 0),
+)
+
 SERVER_OPTIONS: Options = (
     *_LIMITS,
     ("grpc.keepalive_time_ms", 30_000),

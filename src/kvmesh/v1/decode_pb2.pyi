@@ -118,25 +118,8 @@ class DecodeRequest(_message.Message):
 Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 
 @_typing.final
-class DecodeProgress(_message.Message):
-    """Sent at once, and then whenever nothing else was for a while: the worker lives."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DecodeProgress: _TypeAlias = DecodeProgress  # noqa: Y015
-
-@_typing.final
 class DecodeStarted(_message.Message):
-    """How the prompt's KV was had; sent before the first tokens."""
+    """How the prompt's KV was had."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -173,52 +156,36 @@ class DecodeStarted(_message.Message):
 Global___DecodeStarted: _TypeAlias = DecodeStarted  # noqa: Y015
 
 @_typing.final
-class DecodeTokens(_message.Message):
+class DecodeResponse(_message.Message):
+    """An empty one says that the worker lives; one is sent whenever half a second
+    passed without another.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
+    STARTED_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def samples(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenBatch]: ...
+    def started(self) -> Global___DecodeStarted:
+        """Once: with the first tokens, or before them if they take long."""
+
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenBatch]:
+        """What the samples gained since the last message."""
+
     def __init__(
         self,
         *,
+        started: Global___DecodeStarted | None = ...,
         samples: _abc.Iterable[_common_pb2.TokenBatch] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_started", b"_started", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_started", b"_started", "samples", b"samples", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DecodeTokens: _TypeAlias = DecodeTokens  # noqa: Y015
-
-@_typing.final
-class DecodeResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROGRESS_FIELD_NUMBER: _builtins.int
-    STARTED_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def progress(self) -> Global___DecodeProgress: ...
-    @_builtins.property
-    def started(self) -> Global___DecodeStarted: ...
-    @_builtins.property
-    def tokens(self) -> Global___DecodeTokens: ...
-    def __init__(
-        self,
-        *,
-        progress: Global___DecodeProgress | None = ...,
-        started: Global___DecodeStarted | None = ...,
-        tokens: Global___DecodeTokens | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "started", "tokens"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+    _WhichOneofReturnType__started: _TypeAlias = _typing.Literal["started"]  # noqa: Y015
+    _WhichOneofArgType__started: _TypeAlias = _typing.Literal["_started", b"_started"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__started) -> _WhichOneofReturnType__started | None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
 

@@ -52,8 +52,7 @@ class DecodeServiceServicer(object):
     """
 
     def Decode(self, request, context):
-        """Streams progress, how the KV was had, then tokens until every sample has
-        finished. The lease of the ticket is released once the KV is in the pool.
+        """Streams how the KV was had, and tokens until every sample has finished. The lease of the ticket is released once the KV is in the pool.
 
         Errors:
         * INVALID_ARGUMENT: empty prompt or no samples, or beyond the context.

@@ -34,8 +34,7 @@ class DecodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
     Decode: _grpc.UnaryStreamMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]
-    """Streams progress, how the KV was had, then tokens until every sample has
-    finished. The lease of the ticket is released once the KV is in the pool.
+    """Streams how the KV was had, and tokens until every sample has finished. The lease of the ticket is released once the KV is in the pool.
 
     Errors:
     * INVALID_ARGUMENT: empty prompt or no samples, or beyond the context.
@@ -59,8 +58,7 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.UnaryStreamMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Streams progress, how the KV was had, then tokens until every sample has
-    finished. The lease of the ticket is released once the KV is in the pool.
+    """Streams how the KV was had, and tokens until every sample has finished. The lease of the ticket is released once the KV is in the pool.
 
     Errors:
     * INVALID_ARGUMENT: empty prompt or no samples, or beyond the context.
@@ -87,8 +85,7 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decode_pb2.DecodeResponse], _abc.AsyncIterator[_decode_pb2.DecodeResponse]]:
-        """Streams progress, how the KV was had, then tokens until every sample has
-        finished. The lease of the ticket is released once the KV is in the pool.
+        """Streams how the KV was had, and tokens until every sample has finished. The lease of the ticket is released once the KV is in the pool.
 
         Errors:
         * INVALID_ARGUMENT: empty prompt or no samples, or beyond the context.

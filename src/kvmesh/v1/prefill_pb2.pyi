@@ -92,16 +92,12 @@ class PrefillProgress(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
-    computed_tokens: _builtins.int
     def __init__(
         self,
-        *,
-        computed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,7 +14,7 @@ M = TypeVar("M")
 
 
 class Outbox(Generic[M]):
-    """`async with` it: `progress()` is sent at once, then whenever nothing was sent for `every` seconds.
+    """`async with` it: `progress()` is sent whenever nothing was sent for `every` seconds, and `at_once` if so told.
 
     `alive`: heartbeats stop while it says False, so that a worker whose engine hangs is taken for lost.
     """
@@ -25,16 +25,19 @@ class Outbox(Generic[M]):
         progress: Callable[[], M],
         alive: Callable[[], bool],
         every: float = 0.5,
+        at_once: bool = True,
     ) -> None:
         self._write = write
         self._progress = progress
         self._alive = alive
         self._every = every
+        self._at_once = at_once
         self._turn = asyncio.Lock()
         self._sent = time.monotonic()
 
     async def __aenter__(self) -> Self:
-        await self.send(self._progress())
+        if self._at_once:
+            await self.send(self._progress())
         self._beat = asyncio.create_task(self._keep_beating())
         return self
 

@@ -66,3 +66,10 @@ async def test_leaving_ends_the_heartbeats() -> None:
     async with Outbox(Reader().write, lambda: "beat", lambda: True, every=0.001):
         pass
     assert asyncio.all_tasks() == before
+
+
+async def test_no_heartbeat_at_once_unless_told() -> None:
+    reader = Reader()
+    async with Outbox(reader.write, lambda: "beat", lambda: True, every=60, at_once=False) as outbox:
+        await outbox.send("news")
+    assert reader.messages == ["news"]
