@@ -9,13 +9,13 @@ import signal
 
 import pytest
 import pytest_asyncio
-from tests.e2e.mesh import ProcessMesh, until
 
 from kvmesh.cli.plan import MeshPlan
 from kvmesh.client import Delta, Finish
 from kvmesh.engine.api import EngineRequest, TokenOutput
 from kvmesh.engine.fake import fake_engine
 from kvmesh.types import FinishReason, Role, SamplingParams
+from tests.e2e.mesh import ProcessMesh, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 

@@ -10,7 +10,6 @@ import signal
 
 import pytest
 import pytest_asyncio
-from tests.e2e.mesh import ProcessMesh, until
 
 from kvmesh import hub
 from kvmesh.cli.plan import MeshPlan
@@ -19,6 +18,7 @@ from kvmesh.engine.api import EngineRequest, TokenOutput
 from kvmesh.engine.build import build_engine
 from kvmesh.types import FinishReason, Role, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2, router_pb2_grpc
+from tests.e2e.mesh import ProcessMesh, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 

@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.integration.mesh import Mesh
-
 from kvmesh.engine.api import EngineRequest, Sample, TokenOutput
 from kvmesh.engine.fake import FAKE_EOS, fake_engine, fake_layout
 from kvmesh.kv.keys import fingerprint, namespace_root
@@ -19,6 +17,7 @@ from kvmesh.types import ChunkSource, KvTicket, Role, SamplingParams
 from kvmesh.v1 import decode_pb2, prefill_pb2
 from kvmesh.v1.decode_pb2_grpc import DecodeServiceStub
 from kvmesh.v1.prefill_pb2_grpc import PrefillServiceStub
+from tests.integration.mesh import Mesh
 
 FINGERPRINT = fingerprint(fake_layout(fake_engine(blocks=1).layout))
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, eos_token_ids=frozenset({FAKE_EOS}))

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
+
 from tests.integration.calls import Calls
 from tests.integration.mesh import Mesh
 

@@ -16,7 +16,6 @@ from importlib import import_module
 from typing import Any, Self
 
 import grpc.aio
-from tests.integration.proxy import Proxy
 
 from kvmesh import redis_server
 from kvmesh.errors import KvmeshError, Unavailable
@@ -26,6 +25,7 @@ from kvmesh.rpc.stream import unary
 from kvmesh.types import Role, WorkerStatistics
 from kvmesh.v1.common_pb2 import GetStatisticsRequest
 from kvmesh.v1.common_pb2_grpc import WorkerServiceStub
+from tests.integration.proxy import Proxy
 
 RELAY_HOST = "127.0.0.2"
 PORTS = range(20_000, 32_000)

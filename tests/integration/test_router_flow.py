@@ -2,6 +2,9 @@
 
 import grpc
 import pytest
+
+from kvmesh.types import Role
+from kvmesh.v1 import common_pb2, router_pb2
 from tests.integration.router_fakes import (
     ANSWER,
     EOS,
@@ -17,9 +20,6 @@ from tests.integration.router_fakes import (
     prefill_well,
     refuse,
 )
-
-from kvmesh.types import Role
-from kvmesh.v1 import common_pb2, router_pb2
 
 LONG = "x" * 600
 

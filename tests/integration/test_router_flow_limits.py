@@ -6,6 +6,9 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
+from kvmesh.types import Role
+from kvmesh.v1 import common_pb2, router_pb2
 from tests.integration.router_fakes import (
     ANSWER,
     Answer,
@@ -20,9 +23,6 @@ from tests.integration.router_fakes import (
     refuse,
     until,
 )
-
-from kvmesh.types import Role
-from kvmesh.v1 import common_pb2, router_pb2
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from tests.integration.calls import GREEDY, prompt, undisturbed
-from tests.integration.mesh import Mesh
-from tests.integration.router_fakes import Answer, read, until
 
 from kvmesh.types import Role
 from kvmesh.v1 import common_pb2, router_pb2, router_pb2_grpc
+from tests.integration.calls import GREEDY, prompt, undisturbed
+from tests.integration.mesh import Mesh
+from tests.integration.router_fakes import Answer, read, until
 
 LONG = replace(GREEDY, max_tokens=400)
 

@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from tests.integration.calls import FINGERPRINT, GREEDY, Calls, prompt, undisturbed
-from tests.integration.mesh import Mesh
 
 from kvmesh.errors import AlreadyExists, InvalidArgument, Mismatch, Overloaded
 from kvmesh.types import Role
+from tests.integration.calls import FINGERPRINT, GREEDY, Calls, prompt, undisturbed
+from tests.integration.mesh import Mesh
 
 SEEDED = replace(GREEDY, temperature=1.0, seed=11, n=3)
 

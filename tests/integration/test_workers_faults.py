@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.integration.calls import GREEDY, Calls, prompt, undisturbed
-from tests.integration.mesh import Mesh, eventually
 
 from kvmesh.errors import Aborted, DeadlineExceeded, KvmeshError, Unavailable
 from kvmesh.kv import bitstream
@@ -16,6 +14,8 @@ from kvmesh.kv.client import StoreClient
 from kvmesh.registry import Registry
 from kvmesh.rpc.probe import serving
 from kvmesh.types import WorkerStatistics
+from tests.integration.calls import GREEDY, Calls, prompt, undisturbed
+from tests.integration.mesh import Mesh, eventually
 
 SLOW = {"fake_step_seconds": 0.02, "token_budget": 64}
 LONG = replace(GREEDY, max_tokens=3000)

@@ -7,12 +7,12 @@ import sys
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.integration.mesh import eventually
 
 from kvmesh import redis_server
 from kvmesh.redis_server import RedisServer
 from kvmesh.registry import Registry
 from kvmesh.rpc.probe import serving
+from tests.integration.mesh import eventually
 
 
 @pytest.fixture

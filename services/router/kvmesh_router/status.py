@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,6 +50,7 @@ class MeshStatus:
             waiting=flow.gate.admission.waiting,
             requests_total=flow.counts.requests,
             tokens_total=flow.counts.tokens,
+            uptime_seconds=time.time() - self.own().started_at,
             draining=self.draining,
             integrity_errors=flow.check_integrity() if check_integrity else [],
         )

@@ -51,6 +51,8 @@ class Base:
             yield server
 
     def _dated(self, statistics: ReadStatistics) -> ReadStatistics:
+        """With the uptime, which is every process's."""
+
         async def read(check_integrity: bool) -> WorkerStatistics:
             reading = statistics(check_integrity)
             result = await reading if isawaitable(reading) else reading

@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
 
-from kvmesh.errors import KvmeshError
+from kvmesh.errors import InvalidArgument, KvmeshError
 from kvmesh.rpc.status import to_status
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,38 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
-        return rewrap(handler, lambda behavior: _guarded(behavior, method))
+        return rewrap(handler, lambda behavior: _guarded(behavior, method), _tolerant)
 
 
-def rewrap(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """In place of a request whose bytes are no message: grpc itself would answer UNKNOWN, and never ask us."""
+
+    reason: str
+
+
+Deserializer = Callable[[bytes], Any] | None
+"""None leaves the bytes as they are."""
+
+
+def _tolerant(deserialize: Deserializer) -> Deserializer:
+    if deserialize is None:
+        return None
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception as error:
+            return Malformed(str(error))
+
+    return tolerant
+
+
+def rewrap(
+    handler: Handler,
+    wrap: Callable[[Behavior], Behavior],
+    reading: Callable[[Deserializer], Deserializer] = lambda deserialize: deserialize,
+) -> Handler:
     """The handler with `wrap` around it; unknown methods and synchronous handlers are left alone."""
     if handler is None:
         return None
@@ -49,7 +78,9 @@ def rewrap(handler: Handler, wrap: Callable[[Behavior], Behavior]) -> Handler:
     if not (isasyncgenfunction(behavior) or iscoroutinefunction(behavior)):
         return handler
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    rewrapped: Handler = make(wrap(_as_coroutine(behavior)), handler.request_deserializer, handler.response_serializer)
+    rewrapped: Handler = make(
+        wrap(_as_coroutine(behavior)), reading(handler.request_deserializer), handler.response_serializer
+    )
     return rewrapped
 
 
@@ -76,7 +107,7 @@ async def _write(responses: AsyncIterator[Any], context: Context) -> None:
 def _guarded(behavior: Behavior, method: str) -> Behavior:
     async def guarded(request: Any, context: Context) -> Any:
         try:
-            return await behavior(request, context)
+            return await behavior(_well_formed(request), context)
         except grpc.aio.AbortError:
             raise
         except KvmeshError as error:
@@ -90,6 +121,22 @@ def _guarded(behavior: Behavior, method: str) -> Behavior:
             await _internal(context, method)
 
     return guarded
+
+
+def _well_formed(request: Any) -> Any:
+    """The request, or the stream of requests.
+
+    Raises:
+        InvalidArgument: it cannot be parsed (text that is not UTF-8, say).
+    """
+    if isinstance(request, Malformed):
+        raise InvalidArgument(f"the request is not a message of this method: {request.reason}")
+    return _all_well_formed(request) if isinstance(request, AsyncIterator) else request
+
+
+async def _all_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _well_formed(request)
 
 
 def _asked_to_cancel() -> bool:

@@ -4,13 +4,6 @@ import asyncio
 import json
 
 import pytest
-from tests.unit.client.scripted_router import (
-    ScriptedRouter,
-    delta_message,
-    finish_message,
-    prompt_message,
-    serving_router,
-)
 
 from kvmesh.bench.load import LoadGenerator, Tally
 from kvmesh.bench.report import latency_table, plot_latencies, rates_lines
@@ -18,6 +11,13 @@ from kvmesh.bench.statistics import Slo, evaluate
 from kvmesh.bench.workload import Arrival, Segment
 from kvmesh.client import AsyncClient
 from kvmesh.errors import Overloaded
+from tests.unit.client.scripted_router import (
+    ScriptedRouter,
+    delta_message,
+    finish_message,
+    prompt_message,
+    serving_router,
+)
 
 ANSWER = (prompt_message(), delta_message("Par", 1), delta_message("is", 2), finish_message())
 ARRIVALS = [Arrival(i / 1000, (Segment(i, 5),), 2) for i in range(8)]

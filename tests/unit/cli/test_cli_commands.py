@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+
+from kvmesh import __version__
+from kvmesh.cli.main import execute
+from kvmesh.errors import InvalidArgument
+from kvmesh.v1 import common_pb2, router_pb2
 from tests.unit.client.scripted_router import (
     ScriptedRouter,
     delta_message,
@@ -15,11 +20,6 @@ from tests.unit.client.scripted_router import (
     prompt_message,
     threaded_router,
 )
-
-from kvmesh import __version__
-from kvmesh.cli.main import execute
-from kvmesh.errors import InvalidArgument
-from kvmesh.v1 import common_pb2, router_pb2
 
 ANSWER = (prompt_message(), delta_message("Par", 1), delta_message("is", 2), finish_message())
 COMMAND = [sys.executable, "-c", "from kvmesh.cli.main import main; main()"]

@@ -3,6 +3,11 @@
 import asyncio
 
 import pytest
+
+from kvmesh.client import AsyncClient, Client, Delta, Finish, PromptInfo
+from kvmesh.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
+from kvmesh.types import FinishReason, Role
+from kvmesh.v1 import common_pb2, router_pb2
 from tests.unit.client.scripted_router import (
     ScriptedRouter,
     delta_message,
@@ -11,11 +16,6 @@ from tests.unit.client.scripted_router import (
     serving_router,
     threaded_router,
 )
-
-from kvmesh.client import AsyncClient, Client, Delta, Finish, PromptInfo
-from kvmesh.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
-from kvmesh.types import FinishReason, Role
-from kvmesh.v1 import common_pb2, router_pb2
 
 ANSWER = (prompt_message(), delta_message("Par", 1), delta_message("is", 2), finish_message())
 WAITING = (prompt_message(), delta_message("Par", 1), None)

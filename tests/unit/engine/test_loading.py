@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.engine.tiny import tiny_model
 
 from kvmesh.engine.loading import load
 from kvmesh.errors import InvalidArgument, NotFound
 from kvmesh.hub import ModelFolder, resolve
+from tests.unit.engine.tiny import tiny_model
 
 
 @pytest.fixture

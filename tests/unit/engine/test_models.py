@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.engine.tiny import LINEAR, LLAMA3, VOCABULARY, tiny_model
 
 from kvmesh.engine.attention.cpu import CpuAttention
 from kvmesh.engine.attention.interface import Segment
@@ -18,6 +17,7 @@ from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.runner import kv_layout
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import BLOCK_TOKENS
+from tests.unit.engine.tiny import LINEAR, LLAMA3, VOCABULARY, tiny_model
 
 MODELS = {
     "llama-gqa": ("llama", {}),

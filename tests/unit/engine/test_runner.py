@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 from kvmesh.engine.api import KvLayout
 from kvmesh.engine.batch import Batch, Draw, Row
@@ -15,6 +14,7 @@ from kvmesh.engine.build import blocks_within, build_runner, free_memory, kv_lay
 from kvmesh.engine.runner import TorchRunner
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import BLOCK_TOKENS, SamplingParams
+from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 BLOCKS = 64
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 from kvmesh.engine.api import EngineRequest, Failed, TokenOutput
 from kvmesh.engine.build import build_engine, build_runner
 from kvmesh.engine.core import EngineCore
 from kvmesh.engine.runner import TorchRunner
 from kvmesh.types import SamplingParams
+from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 NEW_TOKENS = 10
 COMMON = [7, 3, 9, 1] * 10

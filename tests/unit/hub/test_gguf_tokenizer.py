@@ -5,11 +5,11 @@ import json
 import gguf
 import numpy as np
 import pytest
-from tests.unit.hub.gguf_files import byte_vocabulary, write_gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kvmesh import hub
 from kvmesh.errors import InvalidArgument
+from tests.unit.hub.gguf_files import byte_vocabulary, write_gguf
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog 12345 times, doesn't it? def f(x): return x ** 2024\n\n",

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.unit.engine.tiny import LLAMA3, tiny_model
-from tests.unit.hub.gguf_files import byte_vocabulary, permute, plain, write_gguf
 
 from kvmesh import hub
 from kvmesh.engine.batch import Batch, Draw, Row
@@ -14,6 +12,8 @@ from kvmesh.engine.build import build_runner
 from kvmesh.errors import InvalidArgument
 from kvmesh.hub.gguf_weights import unpermute
 from kvmesh.types import SamplingParams
+from tests.unit.engine.tiny import LLAMA3, tiny_model
+from tests.unit.hub.gguf_files import byte_vocabulary, permute, plain, write_gguf
 
 Kind = gguf.GGMLQuantizationType
 ROW = 256

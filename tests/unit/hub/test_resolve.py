@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tests.unit.hub.gguf_files import write_gguf
 
 from kvmesh import hub
 from kvmesh.errors import InvalidArgument, NotFound
 from kvmesh.hub.cache import build_once
 from kvmesh.hub.progress import watch
+from tests.unit.hub.gguf_files import write_gguf
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 1, "max_position_embeddings": 64, "hidden_size": 8, "vocab_size": 9,

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from tests.unit.worker.fakes import LAYOUT, MODEL, job, ticket
 
 from kvmesh.engine.api import Sample
 from kvmesh.errors import InvalidArgument, Mismatch
 from kvmesh.kv.keys import fingerprint
 from kvmesh.types import KvTicket, Role, SamplingParams, WorkerInfo
 from kvmesh.worker.job import check
+from tests.unit.worker.fakes import LAYOUT, MODEL, job, ticket
 
 OTHER_LAYOUT = {**LAYOUT, "dtype": "float16", "kv_heads": "3"}
 OTHER = fingerprint(OTHER_LAYOUT)

@@ -4,10 +4,10 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from tests.unit.worker.fakes import MemoryStore, ticket
 
 from kvmesh.types import KvTicket
 from kvmesh.worker.lease import Leases
+from tests.unit.worker.fakes import MemoryStore, ticket
 
 TICKET = ticket(range(100))
 

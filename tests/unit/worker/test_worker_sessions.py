@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from tests.unit.worker.fakes import job
 
 from kvmesh.engine.api import TokenOutput
 from kvmesh.engine.fake import fake_engine
@@ -11,6 +10,7 @@ from kvmesh.errors import Aborted, AlreadyExists, DeadlineExceeded, Unavailable
 from kvmesh.rpc.deadline import Deadline
 from kvmesh.worker.session import Sessions
 from kvmesh.worker.thread import EngineThread
+from tests.unit.worker.fakes import job
 
 LATER = Deadline.after(600)
 

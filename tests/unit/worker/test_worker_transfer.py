@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from tests.unit.worker.fakes import MemoryStore, job
 
 from kvmesh.engine.api import Admitted, KvReady, TokenOutput
 from kvmesh.engine.fake import fake_engine
@@ -16,6 +15,7 @@ from kvmesh.worker.job import Job
 from kvmesh.worker.publication import Publication
 from kvmesh.worker.thread import EngineThread
 from kvmesh.worker.transfer import Importer
+from tests.unit.worker.fakes import MemoryStore, job
 
 POOL = ThreadPoolExecutor(1)
 
