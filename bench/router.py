@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-import uvloop
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from kvmesh.cli.launch import Launcher
 from kvmesh.cli.plan import MeshPlan
+from kvmesh.loop import run
 from kvmesh.rpc.channel import ChannelPool
 from kvmesh.rpc.stream import stream, unary
 from kvmesh.types import Role
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0, help="time of a fake decode step (default 0)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    result = uvloop.run(measure(args))
+    result = run(measure(args))
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

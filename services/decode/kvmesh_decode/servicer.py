@@ -9,12 +9,12 @@ import grpc.aio
 
 from kvmesh.engine.api import Sample
 from kvmesh.errors import InvalidArgument
-from kvmesh.rpc.convert import sampling_from_proto, ticket_from_proto, token_batch_to_proto
+from kvmesh.rpc.convert import token_batch_to_proto
 from kvmesh.rpc.deadline import deadline_of
 from kvmesh.types import TokenBatch
 from kvmesh.v1 import decode_pb2 as pb
 from kvmesh.v1 import decode_pb2_grpc
-from kvmesh.worker.job import Job
+from kvmesh.worker.convert import job_from_proto
 from kvmesh.worker.outbox import Outbox
 from kvmesh.worker.worker import DEFAULT_DEADLINE, Worker
 from kvmesh_decode.decode import Decode, Started
@@ -30,7 +30,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._flow = Decode(worker)
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> None:  # type: ignore[override]
-        job = _job(request, self._worker.model.capacity.max_model_len)
+        samples = tuple(Sample(sample.index, tuple(sample.token_ids)) for sample in request.samples)
+        job = job_from_proto(request, self._worker.model.capacity.max_model_len, lambda sampling: samples)
         await self._worker.check(job)
 
         # A message less before the first token: what was started goes with it, or with a heartbeat.
@@ -49,22 +50,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if not request.request_id:
             raise InvalidArgument(violations=[("request_id", "must not be empty")])
         return pb.AbortDecodeResponse(aborted=await self._worker.sessions.abort(request.request_id))
-
-
-def _job(request: pb.DecodeRequest, context_tokens: int) -> Job:
-    logprobs = request.logprobs if request.HasField("logprobs") else None
-    left = max(1, context_tokens - len(request.prompt_token_ids))
-    sampling = sampling_from_proto(request.sampling, request.stopping, logprobs, request.eos_token_ids, left)
-    return Job(
-        request.request_id,
-        request.model,
-        request.fingerprint,
-        tuple(request.prompt_token_ids),
-        tuple(Sample(sample.index, tuple(sample.token_ids)) for sample in request.samples),
-        sampling,
-        ticket_from_proto(request.ticket) if request.HasField("ticket") else None,
-        request.cache_salt,
-    )
 
 
 class _Responses:

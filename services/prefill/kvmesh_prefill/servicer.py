@@ -8,11 +8,12 @@ import grpc.aio
 
 from kvmesh.engine.api import Sample
 from kvmesh.errors import InvalidArgument
-from kvmesh.rpc.convert import sampling_from_proto, ticket_from_proto, token_batch_to_proto
+from kvmesh.rpc.convert import ticket_from_proto, token_batch_to_proto
 from kvmesh.rpc.deadline import deadline_of
+from kvmesh.types import SamplingParams
 from kvmesh.v1 import prefill_pb2 as pb
 from kvmesh.v1 import prefill_pb2_grpc
-from kvmesh.worker.job import Job
+from kvmesh.worker.convert import job_from_proto
 from kvmesh.worker.outbox import Outbox
 from kvmesh.worker.worker import DEFAULT_DEADLINE, Worker
 from kvmesh_prefill.prefill import FirstTokens, Prefill, Published
@@ -28,7 +29,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._flow = Prefill(worker)
 
     async def Prefill(self, request: pb.PrefillRequest, context: Context) -> None:  # type: ignore[override]
-        job = _job(request, self._worker.model.capacity.max_model_len)
+        job = job_from_proto(request, self._worker.model.capacity.max_model_len, _fresh)
         await self._worker.check(job)
 
         async def send(tokens: FirstTokens) -> None:
@@ -47,20 +48,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return pb.AbortPrefillResponse(aborted=aborted)
 
 
-def _job(request: pb.PrefillRequest, context_tokens: int) -> Job:
-    logprobs = request.logprobs if request.HasField("logprobs") else None
-    left = max(1, context_tokens - len(request.prompt_token_ids))
-    sampling = sampling_from_proto(request.sampling, request.stopping, logprobs, request.eos_token_ids, left)
-    return Job(
-        request.request_id,
-        request.model,
-        request.fingerprint,
-        tuple(request.prompt_token_ids),
-        tuple(Sample(index) for index in range(sampling.n)),
-        sampling,
-        ticket_from_proto(request.ticket) if request.HasField("ticket") else None,
-        request.cache_salt,
-    )
+def _fresh(sampling: SamplingParams) -> tuple[Sample, ...]:
+    return tuple(Sample(index) for index in range(sampling.n))
 
 
 def _progress() -> pb.PrefillResponse:

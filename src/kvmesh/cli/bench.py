@@ -32,6 +32,7 @@ from kvmesh.cli.run import temporary_mesh
 from kvmesh.cli.talk import AddressOption, connect, default_address
 from kvmesh.client import AsyncClient, ModelInfo
 from kvmesh.errors import InvalidArgument, Unavailable
+from kvmesh.loop import run
 
 REFRESH_SECONDS = 0.25
 DEFAULT_REQUESTS = 50
@@ -89,7 +90,7 @@ def serve(
     with mesh as target:
         served = _served_model(target)
         fitted = [fit(arrival, served.max_model_len, max_prompt_tokens, max_output_tokens) for arrival in arrivals]
-        records = asyncio.run(_measure(target or default_address(), fitted, served, seed, timeout))
+        records = run(_measure(target or default_address(), fitted, served, seed, timeout))
     slo = Slo(slo_ttft, slo_tpot)
     cut = sum(before != after for before, after in zip(arrivals, fitted, strict=True))
     _show(records, slo, cut)

@@ -20,6 +20,7 @@ from kvmesh.cli.processes import last_lines, spawn, stop
 from kvmesh.cli.state import MeshState, ProcessRecord, StateFile
 from kvmesh.client import AsyncClient
 from kvmesh.errors import AlreadyExists, DeadlineExceeded, KvmeshError, Unavailable
+from kvmesh.loop import run
 from kvmesh.registry import Registry
 from kvmesh.rpc.probe import serving
 from kvmesh.types import Role
@@ -66,7 +67,7 @@ class Launcher:
         self._logs.mkdir(parents=True, exist_ok=True)
         try:
             self._spawn_all()
-            address = asyncio.run(self._wait_ready(report, time.monotonic() + timeout))
+            address = run(self._wait_ready(report, time.monotonic() + timeout))
             self._record(address=address)
         except BaseException:
             self.stop(ABANDON_GRACE)

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, Unpack
 from kvmesh.client.aio import AsyncClient, AsyncStream
 from kvmesh.client.events import Completion, Event, ModelInfo, WorkerStatus
 from kvmesh.client.requests import Message, Options
+from kvmesh.loop import new_event_loop
 
 T = TypeVar("T")
 CANCEL_TIMEOUT = 2.0
@@ -23,7 +24,7 @@ class _LoopThread:
     """An event loop that runs coroutines for other threads."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvmesh-client", daemon=True)
         self._thread.start()
 

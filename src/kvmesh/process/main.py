@@ -13,9 +13,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import NoReturn, Protocol, TypeVar
 
-import uvloop
-
 from kvmesh.errors import KvmeshError, Unavailable
+from kvmesh.loop import run
 from kvmesh.process.config import ProcessConfig, read
 from kvmesh.types import WorkerInfo
 
@@ -46,7 +45,7 @@ def main(config_type: type[C], start: Callable[[C], AbstractAsyncContextManager[
     config = read(config_type)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        uvloop.run(serve_until_signalled(start(config), config.drain_grace))
+        run(serve_until_signalled(start(config), config.drain_grace))
     except KvmeshError as error:
         sys.exit(f"cannot serve: {error}")
     sys.exit(0)
