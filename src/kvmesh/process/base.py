@@ -6,6 +6,7 @@ Reads no environment and handles no signal. Tests enter a service's composition 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
@@ -24,6 +25,8 @@ from kvmesh.rpc.server import Server, Service, serve
 from kvmesh.rpc.worker_service import ReadStatistics, WorkerServicer
 from kvmesh.telemetry import Telemetry, setup
 from kvmesh.types import Role, WorkerInfo, WorkerStatistics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -85,6 +88,8 @@ async def base(
             trace_file=config.trace_file,
             metrics_host=config.host,
         )
+        if telemetry.metrics_port is not None:
+            log.info("metrics at http://%s:%d/metrics", config.host, telemetry.metrics_port)
         # A collector that is away may hold up the last export for seconds.
         stack.push_async_callback(asyncio.to_thread, telemetry.shutdown)
         registry = Registry(config.redis_url, config.registry_ttl)

@@ -46,7 +46,7 @@ class PrometheusEndpoint:
 
     def __init__(self, resource: Resource, host: str, port: int) -> None:
         registry = CollectorRegistry()
-        reader = PrometheusMetricReader(registry=registry)
+        reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
         self._provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         self._server, self._thread = start_http_server(port, host, registry)
         self.port = int(self._server.server_port)
