@@ -24,6 +24,8 @@ up: $(VENV)/.run ## Start a mesh and leave it running (ARGS="--decode 2 …")
 down: $(VENV)/.run ## Stop the mesh that `make up` started
 	@$(BIN)/kvmesh down
 
+# One thread a process: OpenMP's waiting threads spin, and would starve the services under test.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test $(PROTOS_VENV)/.installed ## Run the whole suite, real model included (ARGS="-k …")
 	$(BIN)/python -m pytest $(ARGS)
 

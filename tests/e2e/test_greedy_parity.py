@@ -20,7 +20,7 @@ from kvmesh.hub.download import fetch_packaged
 from kvmesh.hub.progress import silent
 from kvmesh.types import BLOCK_TOKENS, SamplingParams
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 NEW_TOKENS = 24
 QUESTIONS = [

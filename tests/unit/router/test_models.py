@@ -78,6 +78,9 @@ async def test_loads_what_workers_serve_before_anyone_asks(caplog):
     models.prepare([worker("a"), worker("b"), worker("c", model="broken"), worker("s", Role.KVSTORE, model="")])
     await models.get("fake")
     await models.preload("fake")
+    async with asyncio.timeout(10):
+        while "broken" in models.served():  # noqa: ASYNC110 - its thread has yet to come back
+            await asyncio.sleep(0.001)
     assert (await models.get(None)).name == "fake"
     assert sorted(loaded) == ["broken", "fake", "fake"]
     assert "no such file" in caplog.text

@@ -12,7 +12,9 @@ from kvmesh.worker.session import Sessions
 from kvmesh.worker.thread import EngineThread
 from tests.unit.worker.fakes import job
 
-LATER = Deadline.after(600)
+
+def later() -> Deadline:
+    return Deadline.after(600)
 
 
 class Bench:
@@ -34,8 +36,8 @@ class Bench:
         assert len(self.sessions) == 0
         await self.thread.__aexit__(*exc_info)
 
-    async def stay(self, deadline: Deadline = LATER) -> None:
-        async with self.sessions.open("r", deadline) as session:
+    async def stay(self, deadline: Deadline | None = None) -> None:
+        async with self.sessions.open("r", deadline or later()) as session:
             await self.thread.add(job().engine_request(load_kv=True))
             await session.admitted()
             self.inside.set()
@@ -48,7 +50,7 @@ class Bench:
 
 
 async def test_admitted_keeps_the_events_that_came_with_it() -> None:
-    async with Bench() as bench, bench.sessions.open("r", LATER) as session:
+    async with Bench() as bench, bench.sessions.open("r", later()) as session:
         await bench.thread.add(job().engine_request(load_kv=False))
         assert (await session.admitted()).cached_tokens == 0
         outputs: list[TokenOutput] = []
@@ -109,7 +111,7 @@ async def test_the_same_id_twice_disturbs_nobody() -> None:
 async def test_a_refused_request_leaves_its_id_free() -> None:
     async with Bench() as bench:
         for _ in range(2):
-            async with bench.sessions.open("r", LATER):
+            async with bench.sessions.open("r", later()):
                 with pytest.raises(Exception, match="tokens"):
                     await bench.thread.add(job(5000).engine_request(load_kv=True))
 
