@@ -74,12 +74,13 @@ class ProcessMesh:
         if number is signal.SIGKILL:
             self._children[worker_id].wait()
 
-    async def mend(self, worker_id: str) -> None:
-        """Continues a stopped process, or starts a dead one again; returns once the mesh is whole."""
-        if self._children[worker_id].poll() is None:
-            self.send(worker_id, signal.SIGCONT)
-        else:
-            self._spawn(next(service for service in self.services if service.name == worker_id))
+    async def heal(self) -> None:
+        """Mends every process that was left stopped or dead."""
+        for worker_id, child in self._children.items():
+            if child.poll() is None:
+                self.send(worker_id, signal.SIGCONT)
+            else:
+                self._spawn(next(service for service in self.services if service.name == worker_id))
         await self.ready()
 
     async def restart_redis(self, between: Callable[[], Awaitable[None]]) -> None:

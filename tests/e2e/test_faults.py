@@ -24,23 +24,30 @@ SETTINGS = {
     "KVMESH_FAKE_STEP_SECONDS": "0.02",
     "KVMESH_TOKEN_BUDGET": "64",
     "KVMESH_MAX_RUNNING": "1",
-    "KVMESH_STALL_TIMEOUT": "1.0",
-    "KVMESH_LEASE_TTL": "2",
-    "KVMESH_REGISTRY_TTL": "1.5",
+    "KVMESH_STALL_TIMEOUT": "1.5",
+    "KVMESH_LEASE_TTL": "3",
+    "KVMESH_REGISTRY_TTL": "2",
 }
 PHASES = ("queued", "prefilling", "publishing", "handed over", "fetching", "decoding")
 SERVICES = (Role.PREFILL, Role.DECODE, Role.KVSTORE)
 # Where the loss must show in the reply, lest a test pass because the fault came too late.
 FELT_AS_RECOVERY = {(Role.PREFILL, "prefilling"), (Role.PREFILL, "publishing"), (Role.DECODE, "decoding")}
-FELT_AS_RECOMPUTATION = {(Role.KVSTORE, "publishing"), (Role.KVSTORE, "fetching")}
+FELT_AS_RECOMPUTATION = {(Role.KVSTORE, "publishing")}
 salt = iter(range(10**6))
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def mesh(tmp_path_factory):
+async def hurt_mesh(tmp_path_factory):
     plan = MeshPlan("fake", prefill=2, decode=2, kvstore=2, port=0, settings=SETTINGS)
     async with ProcessMesh.running(plan, tmp_path_factory.mktemp("logs")) as mesh:
         yield mesh
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def mesh(hurt_mesh):
+    """Whole again for each test, whatever became of the one before."""
+    await hurt_mesh.heal()
+    return hurt_mesh
 
 
 def prompt(number):
@@ -151,7 +158,7 @@ async def test_the_loss_of_a_process_costs_no_token(mesh, number, role, phase):
         assert sum(stream.finish.recoveries for stream in moment.streams) > 0
     if (role, phase) in FELT_AS_RECOMPUTATION:
         assert sum(stream.finish.usage.recomputed_tokens for stream in moment.streams) > 0
-    await mesh.mend(victim)
+    await mesh.heal()
     await mesh.assert_clean()
 
 
@@ -172,7 +179,7 @@ async def test_a_client_that_leaves_frees_everything(mesh, how, phase):
             reasons = [choice.reason for choice in stream.finish.choices]
             assert reasons in ([FinishReason.ABORTED], [FinishReason.LENGTH])
             assert stream.tokens == expected(stream.prompt)[: len(stream.tokens)]
-    await mesh.ready()
+    await mesh.heal()
     await mesh.assert_clean()
 
 

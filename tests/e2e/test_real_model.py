@@ -138,7 +138,7 @@ async def test_a_lost_decode_worker_costs_no_token(mesh, engine, number):
     assert number is None
     assert finish.recoveries == 1
     assert got == alone(engine, ids, temperature=0, max_tokens=64, ignore_eos=True)
-    await mesh.mend(victim.worker_id)
+    await mesh.heal()
     await mesh.assert_clean()
 
 
