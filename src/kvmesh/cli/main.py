@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvmesh import __version__
-from kvmesh.cli import bench, chat, generate, mesh, models, planner, run, status
+from kvmesh.cli import bench, chat, generate, kv, mesh, models, planner, run, status
 from kvmesh.errors import KvmeshError
 
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -28,6 +28,7 @@ app.command()(chat.chat)
 app.command()(status.status)
 app.command()(planner.plan)
 app.add_typer(models.app, name="models")
+app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")
 
 

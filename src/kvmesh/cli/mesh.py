@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,6 +31,17 @@ KvstoreOption = Annotated[int, typer.Option("--kvstore", min=0, help="KV stores.
 KvMemoryOption = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Paged KV of each prefill and decode, such as 512MiB.")
 ]
+PrecisionOption = Annotated[
+    Literal["auto", "float32", "bf16", "int8", "int4"] | None,
+    typer.Option("--precision", help="Of the weights; auto is the fastest of good quality. Default: float32."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of each prefill and decode. Default: 1.")
+]
+CodecOption = Annotated[
+    str | None,
+    typer.Option("--codec", help="Of stored KV: raw (default), int8, fp8, cachegen or cachegen:LEVEL."),
+]
 NameOption = Annotated[str, typer.Option("--name", help="Tells several meshes on one machine apart.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds to become ready in.")]
 
@@ -47,6 +58,9 @@ def up(
     memory: KvMemoryOption = None,
     store_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory tier of each KV store.")] = None,
     store_disk: Annotated[str | None, typer.Option(metavar="SIZE", help="Disk tier of each KV store.")] = None,
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    codec: CodecOption = None,
     name: NameOption = DEFAULT_NAME,
     timeout: TimeoutOption = START_TIMEOUT,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; Ctrl-C stops the mesh.")] = False,
@@ -54,7 +68,8 @@ def up(
     """Start a mesh on this machine and leave it running."""
     from kvmesh.cli.launch import Launcher
 
-    settings = memory_settings(memory, store_memory, store_disk)
+    settings = memory_settings(memory, store_memory, store_disk) | engine_settings(precision, threads)
+    settings |= {"KVMESH_CODEC": codec} if codec else {}
     prefix = f"{socket.gethostname()}-{name}-" if redis else ""
     plan = MeshPlan(model_argument(model), prefill, decode, kvstore, port, prefix, settings)
     file = StateFile(name)
@@ -115,6 +130,13 @@ def memory_settings(
     if problems:
         raise InvalidArgument("; ".join(problems))
     return settings
+
+
+def engine_settings(precision: str | None, threads: int | None) -> dict[str, str]:
+    """What was said of the engines, as settings of services; threads sleep while they wait for work."""
+    given = {"KVMESH_PRECISION": precision, "KVMESH_THREADS": None if threads is None else str(threads)}
+    settings = {variable: value for variable, value in given.items() if value is not None}
+    return settings | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def start_with_progress(launcher: Launcher, timeout: float) -> MeshState:

@@ -21,18 +21,19 @@ import numpy as np
 from kvmesh.types import FinishReason, PositionLogprobs, SamplingParams, WorkerStatistics
 
 KvArray = np.ndarray[Any, np.dtype[Any]]
-"""KV of consecutive tokens in the canonical layout `[layers, 2 (K, V), tokens, kv_heads, head_dim]`."""
+"""KV of consecutive tokens in the canonical layout `[layers, planes (K, V), tokens, kv_heads, head_dim]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The shape of a token's KV."""
+    """The shape of a token's KV. `planes`: 2, or 1 where values are read out of the keys (latent attention)."""
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: str
     """numpy name: float32, float16, or bfloat16 (exchanged as uint16 bit patterns)."""
+    planes: int = 2
 
     @property
     def wire_dtype(self) -> np.dtype[Any]:
@@ -40,10 +41,10 @@ class KvLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.layers * 2 * self.kv_heads * self.head_dim * self.wire_dtype.itemsize
+        return self.layers * self.planes * self.kv_heads * self.head_dim * self.wire_dtype.itemsize
 
     def chunk_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
-        return (self.layers, 2, tokens, self.kv_heads, self.head_dim)
+        return (self.layers, self.planes, tokens, self.kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

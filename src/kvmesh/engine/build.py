@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvmesh.engine.api import KvLayout
+from kvmesh.engine.attention.choice import choose
+from kvmesh.engine.linear import resolve_precision
 from kvmesh.engine.loading import load
 from kvmesh.engine.models.config import parse
 from kvmesh.engine.runner import TorchRunner
@@ -34,8 +36,11 @@ def build_engine(
     threads: int = 1,
     max_model_len: int | None = None,
     device: str = "auto",
+    precision: str = "float32",
 ) -> EngineCore:
     """Loads the model and gives it `blocks` blocks of KV, or as many as `memory_bytes` holds (1 GiB by default).
+
+    `precision` is that of the weights: `engine.linear.precision` lists them.
 
     `threads` is torch's number of threads for the whole process: one per process is best on shared cores.
 
@@ -46,7 +51,7 @@ def build_engine(
     from kvmesh.engine.core import EngineCore
 
     torch.set_num_threads(threads)
-    runner = build_runner(folder, dtype, blocks, memory_bytes, max_model_len, device)
+    runner = build_runner(folder, dtype, blocks, memory_bytes, max_model_len, device, precision)
     return EngineCore(runner, max_running=max_running, max_waiting=max_waiting, token_budget=token_budget)
 
 
@@ -57,14 +62,16 @@ def build_runner(
     memory_bytes: int | None = None,
     max_model_len: int | None = None,
     device: str = "auto",
+    precision: str = "float32",
 ) -> TorchRunner:
     """The runner of `build_engine`, for those who schedule themselves."""
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
-    model = load(folder, dtype, device)
+    dtype = resolve_dtype(dtype, device, precision)
+    model = load(folder, dtype, device, precision=resolve_precision(precision, dtype, device))
     if blocks is None:
         blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
-    return TorchRunner(model, blocks, max_model_len)
+    back_end = choose(kv_layout_of(folder, dtype), device, torch.get_num_threads())
+    return TorchRunner(model, blocks, max_model_len, back_end)
 
 
 def resolve_device(device: str) -> str:
@@ -74,17 +81,17 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_dtype(dtype: str, device: str = "cpu") -> str:
-    """`auto` is float32 on a CPU, where results are exact, and bfloat16 elsewhere."""
+def resolve_dtype(dtype: str, device: str = "cpu", precision: str = "float32") -> str:
+    """`auto` is float32 on a CPU with float32 weights, where results are exact, and bfloat16 elsewhere."""
     if dtype != "auto":
         return dtype
-    return "float32" if device == "cpu" else "bfloat16"
+    return "float32" if device == "cpu" and precision == "float32" else "bfloat16"
 
 
 def kv_layout_of(folder: ModelFolder, dtype: str) -> KvLayout:
     """The shape of a model's KV in a resolved dtype, without loading it."""
     config = parse(folder.config)
-    return KvLayout(config.layers, config.kv_heads, config.head_dim, dtype)
+    return KvLayout(config.layers, config.kv_heads, config.head_dim, dtype, config.kv_planes)
 
 
 def blocks_within(layout: KvLayout, memory_bytes: int | None, free: int) -> int:

@@ -5,21 +5,18 @@ Implements `batch.Runner`. Knows no queue, no prefix cache and no policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from kvmesh.engine.api import KvArray, KvLayout
-from kvmesh.engine.attention.cpu import CpuAttention
-from kvmesh.engine.attention.interface import Attention, Segment
-from kvmesh.engine.attention.pool import KvPool
+from kvmesh.engine.attention.choice import BackEnd, torch_back_end
+from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.batch import Batch, Row, SampledToken
 from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.sampling import sample
-
-AttentionFactory = Callable[[KvPool, Sequence[int | None]], Attention]
 
 
 class TorchRunner:
@@ -30,11 +27,11 @@ class TorchRunner:
         model: Decoder,
         blocks: int,
         max_model_len: int | None = None,
-        attention: AttentionFactory = CpuAttention,
+        back_end: BackEnd | None = None,
     ) -> None:
         self._model = model
-        self._pool = KvPool(kv_layout(model), blocks, model.device)
-        self._attention = attention(self._pool, model.windows)
+        build = back_end or torch_back_end(model.device)
+        self._pool, self._attention = build(kv_layout(model), blocks, model.windows)
         self._max_model_len = min(max_model_len or model.config.max_model_len, model.config.max_model_len)
 
     @property
@@ -106,4 +103,4 @@ def kv_layout(model: Decoder) -> KvLayout:
     """The shape of this model's KV."""
     config = model.config
     dtype = str(model.dtype).removeprefix("torch.")
-    return KvLayout(model.end_layer - model.first_layer, config.kv_heads, config.head_dim, dtype)
+    return KvLayout(model.end_layer - model.first_layer, config.kv_heads, config.head_dim, dtype, config.kv_planes)

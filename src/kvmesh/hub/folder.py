@@ -101,8 +101,10 @@ class ModelFolder:
         path = self.tokenizer_path
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
 
-    def layout(self, dtype: str) -> dict[str, str]:
+    def layout(self, dtype: str, precision: str = "float32") -> dict[str, str]:
         """All that KV must agree on to be shared, as fields of the fingerprint; `dtype` as `KvLayout.dtype`.
+
+        `precision` is that of the weights that computed it.
 
         Raises:
             InvalidArgument: a dtype that KV is not stored in.
@@ -121,12 +123,16 @@ class ModelFolder:
             "kv_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or self._required("hidden_size") // heads,
             "dtype": dtype,
+            "precision": precision,
             "layout": "layers,kv,tokens,kv_heads,head_dim",
             "chunk_tokens": CHUNK_TOKENS,
             "tensor_parallel": 1,
             "adapter": "",
             "codec": "exact",
         }
+        if "kv_lora_rank" in config:
+            entry = int(config["kv_lora_rank"]) + int(self._required("qk_rope_head_dim"))
+            fields |= {"kv_heads": 1, "head_dim": entry, "layout": "layers,latent,tokens,1,rank+rope"}
         return {name: str(value) for name, value in fields.items()}
 
     def _required(self, name: str) -> Any:

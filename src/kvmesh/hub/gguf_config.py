@@ -9,11 +9,17 @@ import numpy as np
 from kvmesh.errors import InvalidArgument
 from kvmesh.hub.gguf_file import GgufFile
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+_LAYERS_OF_GEMMA3_27B = 62
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
-    """The configuration of a Llama, Qwen2 or Qwen3 file.
+    """The configuration of a Llama, Qwen2, Qwen3 or Gemma 3 file.
 
     Raises:
         InvalidArgument: another architecture, or a RoPE that transformers' keys cannot say.
@@ -43,7 +49,25 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(file, head_dim),
         "torch_dtype": "float32",
     }
-    return config | special_ids(file)
+    return config | (_gemma3(file, config) if file.architecture == "gemma3" else {}) | special_ids(file)
+
+
+def _gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """What differs for Gemma 3. Which layers are global, and the scale of the largest one, llama.cpp does not store."""
+    largest = config["num_hidden_layers"] == _LAYERS_OF_GEMMA3_27B
+    return {
+        "model_type": "gemma3_text",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": file.hyperparameter("attention.sliding_window"),
+        "sliding_window_pattern": file.hyperparameter("attention.sliding_window_pattern", 6),
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if largest
+        else config["head_dim"],
+        "rope_theta": file.hyperparameter("rope.freq_base", 1e6),
+        "rope_local_base_freq": file.hyperparameter("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": file.get("gemma3.final_logit_softcapping"),
+    }
 
 
 def special_ids(file: GgufFile) -> dict[str, Any]:

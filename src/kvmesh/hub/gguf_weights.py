@@ -1,10 +1,13 @@
-"""From GGUF tensors to `model.safetensors`: names, the order of rotary rows, and a writer that streams."""
+"""From GGUF tensors to `model.safetensors`: names, the order of rotary rows, and a writer that streams.
+
+Gemma's norms are stored less 1 by transformers and whole by llama.cpp.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,11 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA3 = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _IGNORED = {"rope_freqs.weight"}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -41,7 +49,9 @@ def write_weights(file: GgufFile, path: Path, progress: Progress) -> None:
     Raises:
         InvalidArgument: a tensor that the architecture does not have.
     """
-    tensors = {transformers_name(name): tensor for name, tensor in file.tensors.items() if name not in _IGNORED}
+    inner = _INNER | (_GEMMA3 if file.architecture == "gemma3" else {})
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in _IGNORED}
+    tensors = {transformers_name(name, inner): tensor for name, tensor in kept.items()}
     with path.open("wb") as stream:
         stream.write(_header(tensors))
         for done, values in enumerate(_values(file, tensors.values())):
@@ -49,13 +59,13 @@ def write_weights(file: GgufFile, path: Path, progress: Progress) -> None:
             progress("Dequantising tensors", done + 1, len(tensors))
 
 
-def transformers_name(name: str) -> str:
+def transformers_name(name: str, inner: Mapping[str, str] = _INNER) -> str:
     """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
         layer, part = match.groups()
-        if part in _INNER:
-            return f"model.layers.{layer}.{_INNER[part]}.{kind}"
+        if part in inner:
+            return f"model.layers.{layer}.{inner[part]}.{kind}"
     elif stem in _OUTER:
         return f"{_OUTER[stem]}.{kind}"
     raise InvalidArgument(f"the GGUF tensor {name} has no place in the supported architectures")
@@ -70,8 +80,11 @@ def unpermute(values: Array, heads: int) -> Array:
 def _values(file: GgufFile, tensors: Iterable[GgufTensor]) -> Iterator[Array]:
     heads = _permuted_heads(file)
     for tensor in tensors:
-        part = tensor.name.split(".")[-2]
-        yield unpermute(tensor.load(), heads[part]) if part in heads else tensor.load()
+        part, values = tensor.name.split(".")[-2], tensor.load()
+        if file.architecture == "gemma3" and part.endswith("_norm"):
+            yield values - 1
+        else:
+            yield unpermute(values, heads[part]) if part in heads else values
 
 
 def _permuted_heads(file: GgufFile) -> dict[str, int]:

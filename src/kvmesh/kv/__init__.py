@@ -2,7 +2,7 @@
 
     keys       token ids      -> chunk keys
     ticket     keys + sources -> KvTicket
-    bitstream  array          <-> checked bytes (codec: what the payload looks like)
+    bitstream  array          <-> checked bytes (codec: what the payload looks like; codecs: the lossy ones)
     client     KvTicket       -> bytes, to and from the sources
     heap       for a process that moves many of them
     index      keys           -> who stores them, in Redis

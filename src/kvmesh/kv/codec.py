@@ -1,7 +1,8 @@
 """Codecs: how the payload of a bitstream represents KV.
 
-A codec turns an array [layers, 2, tokens, kv_heads, head_dim] into bytes and back. It knows no header and no checksum:
-`bitstream` gives it payloads that arrived whole. To add one, write the two functions and list it in CODECS.
+A codec turns an array [layers, planes, tokens, kv_heads, head_dim] into bytes and back. It knows no header and no
+checksum: `bitstream` gives it payloads that arrived whole. CODECS lists what may be stored and forwarded, by anyone;
+who encodes or decodes holds a Codec, which may need a model's profile. The lossy ones are in `codecs`.
 """
 
 from __future__ import annotations
@@ -9,40 +10,88 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 KvArray = npt.NDArray[Any]
-"""`[layers, 2 (K, V), tokens, kv_heads, head_dim]`; bfloat16 travels as uint16 bit patterns."""
+"""`[layers, planes (K, V), tokens, kv_heads, head_dim]`; bfloat16 travels as uint16 bit patterns."""
 Shape = tuple[int, int, int, int, int]
 Buffer = bytes | bytearray | memoryview
 
-RAW = 1
+EXACT = "exact"
+"""The namespace of KV that comes back bit by bit."""
+
+
+class CorruptChunk(ValueError):
+    """Not a whole, undamaged bitstream; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Codec:
-    """`size` bounds the payload from the array's bytes, so that a wrong length is refused before decoding."""
+class Format:
+    """What can be known of a payload without decoding it."""
 
     id: int
     name: str
-    encode: Callable[[KvArray], Buffer]
-    decode: Callable[[memoryview, Shape, np.dtype[Any]], KvArray]
-    fits: Callable[[int, int], bool]
-    """(payload bytes, array bytes) -> can this be?"""
+    fits: Callable[[int, Shape, int], bool]
+    """(payload bytes, shape, bytes of an element) -> can this be? A wrong length is refused before decoding."""
 
 
-def _raw_encode(data: KvArray) -> memoryview:
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+class Codec(Protocol):
+    """One way of encoding, ready for use; stateless, callable from any thread, too slow for an event loop."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def namespace(self) -> str:
+        """The `codec` field of the fingerprint: equal only if what is decoded is equally good."""
+
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> Buffer:
+        """The payload; `start` is the first token's position. Raises ValueError for what it cannot represent."""
+
+    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+        """An array of `shape` and `dtype` (uint16: bfloat16); raises CorruptChunk."""
 
 
-def _raw_decode(payload: memoryview, shape: Shape, dtype: np.dtype[Any]) -> KvArray:
-    """A view, not a copy; read-only if the bitstream is `bytes`."""
-    return np.frombuffer(payload, dtype).reshape(shape)
+def _any_payload(size: int, shape: Shape, itemsize: int) -> bool:
+    """Entropy coded: at most two bytes an element and some side information, whatever the element was."""
+    elements = int(np.prod(shape, dtype=np.int64))
+    return 0 < size <= 3 * elements + 4096
 
 
-CODECS: Mapping[int, Codec] = MappingProxyType(
-    {RAW: Codec(RAW, "raw", _raw_encode, _raw_decode, fits=lambda payload, array: payload == array)}
-)
+def _int8_size(size: int, shape: Shape, itemsize: int) -> bool:
+    layers, planes, tokens, heads, dim = shape
+    return size == layers * planes * heads * dim * (tokens + 2 * -(-tokens // INT8_GROUP))
+
+
+def _fp8_size(size: int, shape: Shape, itemsize: int) -> bool:
+    layers, planes, tokens, heads, dim = shape
+    return size == layers * planes * heads * dim * tokens + 4 * layers * planes * heads
+
+
+INT8_GROUP = 128
+"""Tokens that share the scale of a channel."""
+
+RAW = Format(1, "raw", lambda size, shape, itemsize: size == int(np.prod(shape, dtype=np.int64)) * itemsize)
+INT8 = Format(2, "int8", _int8_size)
+FP8 = Format(3, "fp8", _fp8_size)
+CACHEGEN = Format(4, "cachegen", _any_payload)
+
+CODECS: Mapping[int, Format] = MappingProxyType({format.id: format for format in (RAW, INT8, FP8, CACHEGEN)})
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """The array as it lies in memory, little-endian."""
+
+    format: Format = RAW
+    namespace: str = EXACT
+
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> memoryview:
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+
+    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+        """A view, not a copy; read-only if the bitstream is `bytes`."""
+        return np.frombuffer(payload, dtype).reshape(shape)

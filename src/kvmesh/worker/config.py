@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from kvmesh.kv.codecs.choice import check_setting
 from kvmesh.process import ProcessConfig
 
 
@@ -15,6 +17,13 @@ class WorkerConfig(ProcessConfig):
     model: str = Field("smollm2-135m-instruct", min_length=1)
     """A name, a folder, a GGUF file, or "fake"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations and KV; auto is float32 on a CPU if `precision` is, bfloat16 otherwise."""
+    precision: Literal["auto", "float32", "bf16", "int8", "int4"] = "float32"
+    """Of the weights on a CPU: `kvmesh.engine.linear`."""
+    codec: Annotated[str, AfterValidator(check_setting)] = "raw"
+    """Of the chunks in the store: raw, int8, fp8, cachegen or cachegen:LEVEL. All workers of a mesh need the same."""
+    codec_profile: Path | None = None
+    """Of cachegen; by default the one in the model's folder, or the one that ships."""
     kv_memory: int | None = Field(None, gt=0)
     """Bytes of the block pool; `kv_blocks` goes before it."""
     kv_blocks: int | None = Field(None, gt=0)

@@ -6,23 +6,25 @@ Pure: knows no proto, no engine state and no store.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh.engine.api import EngineRequest, Sample
 from kvmesh.errors import InvalidArgument, Mismatch
+from kvmesh.kv.codec import Codec, Raw
 from kvmesh.kv.keys import namespace_root
 from kvmesh.types import ChunkRef, KvTicket, SamplingParams, WorkerCapacity, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a worker serves; `layout` is what the fingerprint is made of."""
+    """What a worker serves; `layout` is what the fingerprint is made of, `codec` what its chunks are encoded with."""
 
     name: str
     fingerprint: str
     layout: Mapping[str, str]
     vocabulary_size: int
     capacity: WorkerCapacity
+    codec: Codec = field(default_factory=Raw)
 
 
 @dataclass(frozen=True, slots=True)

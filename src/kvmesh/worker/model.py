@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvmesh.engine.api import Engine
+from kvmesh.engine.api import Engine, KvLayout
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
+from kvmesh.kv.codec import EXACT, Codec
+from kvmesh.kv.codecs.choice import find_profile, open_codec
 from kvmesh.kv.keys import fingerprint
 from kvmesh.types import WorkerCapacity
 from kvmesh.worker.config import WorkerConfig
@@ -28,18 +30,26 @@ def _fake(config: WorkerConfig) -> tuple[Model, Engine]:
         blocks=config.kv_blocks or 1024,
         step_seconds=config.fake_step_seconds,
     )
-    return _model(FAKE_MODEL, fake_layout(engine.layout), FAKE_VOCABULARY, engine.capacity), engine
+    codec = open_codec(config.codec, _shape(engine.layout))
+    return _model(FAKE_MODEL, fake_layout(engine.layout), FAKE_VOCABULARY, engine.capacity, codec), engine
 
 
 def _real(config: WorkerConfig) -> tuple[Model, Engine]:
-    from kvmesh.engine.build import build_engine, resolve_dtype  # It imports torch.
+    from kvmesh.engine.build import build_engine, kv_layout_of, resolve_device, resolve_dtype  # It imports torch.
+    from kvmesh.engine.linear import resolve_precision
     from kvmesh.hub import resolve
 
     folder = resolve(config.model)
-    dtype = resolve_dtype(config.dtype)
+    device = resolve_device("auto")
+    dtype = resolve_dtype(config.dtype, device, config.precision)
+    precision = resolve_precision(config.precision, dtype, device)
+    profile = find_profile(config.codec_profile, folder.path, folder.name)
+    codec = open_codec(config.codec, _shape(kv_layout_of(folder, dtype)), profile)
     engine = build_engine(
         folder,
         dtype=dtype,
+        precision=precision,
+        device=device,
         blocks=config.kv_blocks,
         memory_bytes=config.kv_memory,
         max_running=config.max_running,
@@ -47,8 +57,16 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
         token_budget=config.token_budget,
         threads=config.threads,
     )
-    return _model(folder.name, folder.layout(dtype), folder.vocabulary_size, engine.capacity), engine
+    layout = folder.layout(dtype, precision)
+    return _model(folder.name, layout, folder.vocabulary_size, engine.capacity, codec), engine
 
 
-def _model(name: str, layout: Mapping[str, str], vocabulary_size: int, capacity: WorkerCapacity) -> Model:
-    return Model(name, fingerprint(layout), layout, vocabulary_size, capacity)
+def _shape(layout: KvLayout) -> tuple[int, int, int, int]:
+    return (layout.layers, layout.planes, layout.kv_heads, layout.head_dim)
+
+
+def _model(name: str, layout: Mapping[str, str], vocabulary_size: int, capacity: WorkerCapacity, codec: Codec) -> Model:
+    """Lossy KV never shares a namespace with exact KV, nor with KV of another loss."""
+    if codec.namespace != EXACT:
+        layout = {**layout, "codec": codec.namespace}
+    return Model(name, fingerprint(layout), layout, vocabulary_size, capacity, codec)

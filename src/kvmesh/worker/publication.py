@@ -14,6 +14,7 @@ from typing import Self
 from kvmesh.engine.api import KvReady
 from kvmesh.kv import bitstream
 from kvmesh.kv.client import StoreClient
+from kvmesh.kv.codec import Codec, Raw
 from kvmesh.types import ChunkRef, KvTicket
 
 UNUSED = KvTicket("", "", 0)
@@ -23,7 +24,7 @@ class Publication:
     """The chunks of one ticket.
 
     `missing`: indices of those to publish, all others are in the store already; None: no source can be reached.
-    `async with` it: what is still under way at the end is cancelled.
+    `codec` encodes them, raw by default. `async with` it: what is still under way at the end is cancelled.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Publication:
         missing: Collection[int] | None,
         *,
         dtype: str,
+        codec: Codec | None = None,
         timeout: float = 3.0,
         in_flight: int = 4,
     ) -> None:
@@ -43,6 +45,7 @@ class Publication:
         self._missing = frozenset(missing or ())
         self._reachable = missing is not None
         self._dtype = dtype
+        self._codec = codec or Raw()
         self._timeout = timeout
         self._room = asyncio.Semaphore(in_flight)
         self._indices = {chunk.start: index for index, chunk in enumerate(self._ticket.chunks)}
@@ -95,7 +98,8 @@ class Publication:
                 return False
             first_layer = self._ticket.chunks[index].first_layer
             loop = asyncio.get_running_loop()
-            bits = await loop.run_in_executor(self._pool, bitstream.encode, ready.data, self._dtype, first_layer)
+            chunk = (ready.data, self._dtype, first_layer, self._codec, ready.start)
+            bits = await loop.run_in_executor(self._pool, bitstream.encode, *chunk)
             done = await self._store.put(self._ticket, index, bits, timeout=self._timeout)
             self._failed = self._failed if done else min(self._failed, index)
             return done

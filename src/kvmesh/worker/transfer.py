@@ -15,6 +15,7 @@ from kvmesh.engine.api import KvArray, KvLayout
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv import bitstream
 from kvmesh.kv.client import StoreClient
+from kvmesh.kv.codec import Codec, Raw
 from kvmesh.types import ChunkRef, KvTicket
 from kvmesh.worker.thread import EngineThread
 
@@ -29,14 +30,25 @@ class Imported:
 
 
 class Importer:
-    """`timeout`: seconds that one chunk may take. `in_flight`: fetched chunks that are not yet in the pool."""
+    """`timeout`: seconds that one chunk may take. `in_flight`: fetched chunks that are not yet in the pool.
+
+    `codec`: the one that all chunks of this worker's namespace are encoded with, raw by default.
+    """
 
     def __init__(
-        self, store: StoreClient, engine: EngineThread, pool: Executor, *, timeout: float = 3.0, in_flight: int = 8
+        self,
+        store: StoreClient,
+        engine: EngineThread,
+        pool: Executor,
+        *,
+        codec: Codec | None = None,
+        timeout: float = 3.0,
+        in_flight: int = 8,
     ) -> None:
         self._store = store
         self._engine = engine
         self._pool = pool
+        self._codec = codec or Raw()
         self._timeout = timeout
         self._in_flight = in_flight
 
@@ -68,7 +80,7 @@ class Importer:
             if bits is None:
                 return f"the chunk at token {chunk.start} could not be fetched"
             loop = asyncio.get_running_loop()
-            data = await loop.run_in_executor(self._pool, decode, bits, chunk, self._engine.layout)
+            data = await loop.run_in_executor(self._pool, decode, bits, chunk, self._engine.layout, self._codec)
             await self._engine.import_kv(request_id, chunk.start, data)
             return ""
         except (bitstream.CorruptChunk, InvalidArgument) as error:
@@ -77,16 +89,15 @@ class Importer:
             room.release()
 
 
-def decode(bits: bytes, chunk: ChunkRef, layout: KvLayout) -> KvArray:
+def decode(bits: bytes, chunk: ChunkRef, layout: KvLayout, codec: Codec) -> KvArray:
     """The KV of a bitstream, if it is what the ticket promises.
 
     Raises:
-        CorruptChunk: damaged, or not of this chunk's range or this layout.
+        CorruptChunk: damaged, or not of this chunk's range, this layout or this codec.
     """
-    decoded = bitstream.decode(bits)
-    header = decoded.header
+    header = bitstream.read_header(bits)
     found = (header.dtype, header.first_layer, *header.shape)
     expected = (layout.dtype, chunk.first_layer, *layout.chunk_shape(chunk.tokens))
     if found != expected:
         raise bitstream.CorruptChunk(f"it holds {found} where {expected} is due")
-    return decoded.data
+    return bitstream.decode(bits, codec).data

@@ -41,14 +41,15 @@ class Worker:
         pool: Executor,
         peers: Callable[[], Awaitable[Iterable[WorkerInfo]]],
     ) -> Worker:
-        importer = Importer(store, engine, pool)
+        importer = Importer(store, engine, pool, codec=model.codec)
         return cls(model, engine, store, Sessions(engine), Leases(store), importer, pool, peers)
 
     def alive(self) -> bool:
         return self.engine.alive
 
     def publication(self, ticket: KvTicket | None, missing: Collection[int] | None) -> Publication:
-        return Publication(self.store, self.pool, ticket, missing, dtype=self.engine.layout.dtype)
+        dtype = self.engine.layout.dtype
+        return Publication(self.store, self.pool, ticket, missing, dtype=dtype, codec=self.model.codec)
 
     async def check(self, job: Job) -> None:
         """Refuses what cannot be computed here; see `job.check`."""

@@ -44,7 +44,7 @@ def test_projections_are_fused_in_order(folder):
     qkv = torch.cat([tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"])
     assert torch.equal(layer.qkv.weight, qkv)
     gate_up = torch.cat([tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
-    assert torch.equal(layer.gate_up.weight, gate_up)
+    assert torch.equal(layer.feed_forward.gate_up.weight, gate_up)
 
 
 def test_shards_load_as_one_file_does(folder):
@@ -53,7 +53,7 @@ def test_shards_load_as_one_file_does(folder):
     sharded = load(resolve(str(folder.path)), "float32")
     for one, other in zip(whole.weights.layers, sharded.weights.layers, strict=True):
         assert torch.equal(one.qkv.weight, other.qkv.weight)
-        assert torch.equal(one.down.weight, other.down.weight)
+        assert torch.equal(one.feed_forward.down.weight, other.feed_forward.down.weight)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -17,7 +17,8 @@ from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.runner import kv_layout
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import BLOCK_TOKENS
-from tests.unit.engine.tiny import LINEAR, LLAMA3, VOCABULARY, tiny_model
+from tests.unit.engine.native_kernel import native_attention
+from tests.unit.engine.tiny import LINEAR, LLAMA3, VOCABULARY, YARN, tiny_model
 
 MODELS = {
     "llama-gqa": ("llama", {}),
@@ -26,6 +27,7 @@ MODELS = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("llama", {"rope_parameters": LINEAR}),
+    "yarn-rope": ("llama", {"rope_parameters": YARN}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads": ("llama", {"head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 8}),
@@ -75,7 +77,7 @@ def random_tokens(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("attention", [CpuAttention, ReferenceAttention])
+@pytest.mark.parametrize("attention", [native_attention, CpuAttention, ReferenceAttention])
 @pytest.mark.parametrize("chunks", [(PROMPT,), (16, 32, 13), (1, 7, 50, 3)], ids=["whole", "aligned", "ragged"])
 def test_prefill_in_chunks_and_decode_match_transformers(model_pair, chunks, attention):
     oracle, model = model_pair
@@ -122,7 +124,7 @@ def test_half_precision_is_close(dtype, tmp_path: Path):
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "architecture 'mamba' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "RoPE type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE type 'longrope' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),

@@ -25,6 +25,11 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 Array = np.ndarray[Any, Any]
 Encode = Callable[[str, Array], tuple[Array, gguf.GGMLQuantizationType]]
 
@@ -33,11 +38,12 @@ def plain(name: str, values: Array) -> tuple[Array, gguf.GGMLQuantizationType]:
     return values, gguf.GGMLQuantizationType.F32
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         layer, part = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{NAMES[part]}.{kind}"
+        names = NAMES | GEMMA3_NAMES if architecture == "gemma3" else NAMES
+        return f"blk.{layer}.{names[part]}.{kind}"
     return f"{NAMES[stem]}.{kind}"
 
 
@@ -69,9 +75,11 @@ def write_gguf(
     (metadata or byte_vocabulary)(writer)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for name, values in tensors.items():
-        target = gguf_name(name)
+        target = gguf_name(name, architecture)
         part = target.split(".")[-2]
         ordered = permute(values, heads[part]) if architecture == "llama" and part in heads else values
+        if architecture == "gemma3" and "norm" in target:
+            ordered = ordered + 1
         raw, kind = encode(target, np.ascontiguousarray(ordered))
         writer.add_tensor(target, raw, raw_dtype=kind)
     writer.write_header_to_file()

@@ -39,9 +39,31 @@ def q4_1(block: np.ndarray) -> np.ndarray:
     return half(block[:2]) * nibbles(block[4:]) + half(block[2:4])
 
 
+def fifth_bits(raw: np.ndarray) -> np.ndarray:
+    return np.unpackbits(raw, bitorder="little").astype(np.float64)
+
+
+def q5_0(block: np.ndarray) -> np.ndarray:
+    return half(block[:2]) * (nibbles(block[6:]) + 16 * fifth_bits(block[2:6]) - 16)
+
+
+def q5_1(block: np.ndarray) -> np.ndarray:
+    return half(block[:2]) * (nibbles(block[8:]) + 16 * fifth_bits(block[4:8])) + half(block[2:4])
+
+
 def q4_k(block: np.ndarray) -> np.ndarray:
-    """ggml's dequantize_row_q4_K with get_scale_min_k4, one group of 32 after the other."""
-    d, least, packed, quants = half(block[:2]), half(block[2:4]), block[4:16].astype(int), block[16:]
+    """ggml's dequantize_row_q4_K."""
+    return k_groups(block, block[16:], np.zeros(32, np.uint8))
+
+
+def q5_k(block: np.ndarray) -> np.ndarray:
+    """ggml's dequantize_row_q5_K."""
+    return k_groups(block, block[48:], block[16:48])
+
+
+def k_groups(block: np.ndarray, quants: np.ndarray, fifth: np.ndarray) -> np.ndarray:
+    """One group of 32 after the other, with get_scale_min_k4; bit j of `fifth` is the fifth of group j."""
+    d, least, packed = half(block[:2]), half(block[2:4]), block[4:16].astype(int)
     values = []
     for j in range(8):
         if j < 4:
@@ -50,7 +72,8 @@ def q4_k(block: np.ndarray) -> np.ndarray:
             scale = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4)
             minimum = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
         group = quants[32 * (j // 2) : 32 * (j // 2) + 32]
-        values.append(d * scale * ((group >> 4) if j % 2 else (group & 15)) - least * minimum)
+        low = (group >> 4) if j % 2 else (group & 15)
+        values.append(d * scale * (low + 16.0 * (fifth >> j & 1)) - least * minimum)
     return np.concatenate(values)
 
 
@@ -68,8 +91,14 @@ def q6_k(block: np.ndarray) -> np.ndarray:
     return values
 
 
-REFERENCE = {Kind.Q8_0: q8_0, Kind.Q4_0: q4_0, Kind.Q4_1: q4_1, Kind.Q4_K: q4_k, Kind.Q6_K: q6_k}
-HALVES = {Kind.Q8_0: [0], Kind.Q4_0: [0], Kind.Q4_1: [0, 2], Kind.Q4_K: [0, 2], Kind.Q6_K: [208]}
+REFERENCE = {
+    Kind.Q8_0: q8_0, Kind.Q4_0: q4_0, Kind.Q4_1: q4_1, Kind.Q5_0: q5_0, Kind.Q5_1: q5_1,
+    Kind.Q4_K: q4_k, Kind.Q5_K: q5_k, Kind.Q6_K: q6_k,
+}  # fmt: skip
+HALVES = {
+    Kind.Q8_0: [0], Kind.Q4_0: [0], Kind.Q4_1: [0, 2], Kind.Q5_0: [0], Kind.Q5_1: [0, 2],
+    Kind.Q4_K: [0, 2], Kind.Q5_K: [0, 2], Kind.Q6_K: [208],
+}  # fmt: skip
 CONFIG = {
     "num_hidden_layers": 1, "max_position_embeddings": 64, "hidden_size": ROW, "intermediate_size": ROW,
     "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
@@ -191,7 +220,7 @@ def oracle_logprobs(oracle) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("architecture", "tensors", "encode", "message"),
     [
-        ("gemma3", {}, plain, "architecture 'gemma3' is not supported"),
+        ("gemma2", {}, plain, "architecture 'gemma2' is not supported"),
         ("llama", {}, lambda name, v: (v.astype(np.int32), Kind.I32), "tensors of type I32; supported are F32"),
     ],
 )

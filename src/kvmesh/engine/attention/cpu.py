@@ -57,7 +57,8 @@ class CpuAttention:
         rows = reading.rows
         if reading.fresh:
             return _attend_many(q[rows], k[rows], v[rows], None, causal=True)
-        keys, values = self._pool.gather(layer, reading.blocks)[:, reading.skip : reading.skip + reading.length]
+        planes = self._pool.gather(layer, reading.blocks)[:, reading.skip : reading.skip + reading.length]
+        keys, values = planes[0], planes[-1]
         if rows.stop - rows.start == 1:
             return _attend_one(q[rows], keys, values)
         return _attend_many(q[rows], keys, values, reading.mask, causal=False)

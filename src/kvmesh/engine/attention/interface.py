@@ -34,5 +34,6 @@ class Attention(Protocol):
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes `k` and `v` `[tokens, kv_heads, head_dim]` to the pool, then attends with `q`.
 
-        `q` and what is returned are `[tokens, heads, head_dim]`. Scores are scaled by 1 / sqrt(head_dim).
+        `q` and what is returned are `[tokens, heads, head_dim]`. Scores are scaled by 1 / sqrt(head_dim). A pool of one
+        plane keeps `k` alone, and `v` is to be the same: values are read out of keys.
         """

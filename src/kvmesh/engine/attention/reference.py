@@ -31,8 +31,8 @@ class ReferenceAttention:
             rows = slice(first, first := first + segment.tokens)
             slots = self._pool.slots(segment.block_ids, 0, segment.end)
             self._pool.store(layer, slots[segment.start :], k[rows], v[rows])
-            keys, values = self._pool.data[layer].flatten(1, 2).index_select(1, slots).float()
-            outputs.append(_attend(q[rows].float(), keys, values, segment, self._windows[layer]))
+            planes = self._pool.data[layer].flatten(1, 2).index_select(1, slots).float()
+            outputs.append(_attend(q[rows].float(), planes[0], planes[-1], segment, self._windows[layer]))
         return torch.cat(outputs).to(q.dtype)
 
 

@@ -17,7 +17,7 @@ class TensorFolder:
     """Looks tensors up by name across the files of a folder and converts them to `dtype` on `device`."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._files: dict[str, Any] = {}
         for file in weight_files(path):
@@ -41,7 +41,7 @@ class TensorFolder:
         tensor: Tensor = self._files[name].get_tensor(name)
         if tensor.shape != shape:
             raise InvalidArgument(f"the tensor {name} has shape {tuple(tensor.shape)} instead of {shape}")
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, self.dtype)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The decoder of Llama and its relatives, over flattened tokens.
 
 Runs layers [first_layer, end_layer): the first stage of a pipeline embeds, the last one yields logits. Knows no
-sequence, no block and no mask: all of that is behind `Attention`.
+sequence, no block and no mask: all of that is behind `Attention`. Experts are behind `FeedForward`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvmesh.engine.attention.interface import Attention
+from kvmesh.engine.linear import Linear
 from kvmesh.engine.models.config import DecoderConfig
+from kvmesh.engine.models.feed_forward import FeedForward
 from kvmesh.engine.models.rope import inverse_frequencies, rotate, rotation
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """`x @ weight.T + bias`, weight `[out, in]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """`qkv` stacks the rows of the three projections, `gate_up` those of two; q and k norms are Qwen3's."""
+    """`qkv` stacks the rows of the three projections. The other norms are there where the family has them.
+
+    `q_norm` and `k_norm` are as long as what they normalise: one head (Qwen3), or all of them (OLMoE).
+    `attention_post_norm` and `mlp_post_norm` are of what the halves of the layer return (Gemma 3).
+    """
 
     attention_norm: Tensor
     qkv: Linear
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    feed_forward: FeedForward
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +49,21 @@ class DecoderWeights:
 
 
 class Decoder:
-    """A stage of the model. Attention layers are numbered from 0 within the stage."""
+    """A stage of the model, computing in `dtype`. Attention layers are numbered from 0 within the stage."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, first_layer: int = 0) -> None:
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, dtype: torch.dtype, first_layer: int = 0
+    ) -> None:
         self.config = config
         self.weights = weights
         self.first_layer = first_layer
         self.end_layer = first_layer + len(weights.layers)
-        self.dtype = weights.layers[0].qkv.weight.dtype
-        self.device = weights.layers[0].qkv.weight.device
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
+        self.dtype = dtype
+        self.device = weights.layers[0].attention_norm.device
+        self._ropes = [config.rope_of(layer) for layer in range(self.first_layer, self.end_layer)]
+        self._frequencies = {
+            rope: inverse_frequencies(rope, config.rotary_dim).to(self.device) for rope in dict.fromkeys(self._ropes)
+        }
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -72,14 +73,20 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """`[tokens]` int64 to `[tokens, hidden]`; first stage only."""
         assert self.weights.embedding is not None
-        return F.embedding(token_ids, self.weights.embedding)
+        embedded = F.embedding(token_ids, self.weights.embedding)
+        return embedded if self.config.embedding_scale == 1 else embedded * self.config.embedding_scale
 
     def forward(self, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Runs this stage's layers over `hidden` `[tokens, hidden]`; `attention` is planned for the same tokens."""
-        cos, sin = rotation(positions, self._frequencies, self.dtype)
+        rotations = {
+            rope: rotation(positions, frequencies, self.dtype, rope.amplitude)
+            for rope, frequencies in self._frequencies.items()
+        }
         for index, layer in enumerate(self.weights.layers):
-            hidden = hidden + self._attend(index, layer, hidden, cos, sin, attention)
-            hidden = hidden + self._mlp(layer, hidden)
+            attended = self._attend(index, layer, hidden, *rotations[self._ropes[index]], attention)
+            hidden = hidden + self._maybe_norm(attended, layer.attention_post_norm)
+            computed = layer.feed_forward(self._norm(hidden, layer.mlp_norm))
+            hidden = hidden + self._maybe_norm(computed, layer.mlp_post_norm)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -102,11 +109,21 @@ class Decoder:
         if layer.q_norm is None or layer.k_norm is None:
             return qk
         heads = self.config.heads
-        return torch.cat((self._norm(qk[:, :heads], layer.q_norm), self._norm(qk[:, heads:], layer.k_norm)), dim=1)
+        q, k = self._norm_heads(qk[:, :heads], layer.q_norm), self._norm_heads(qk[:, heads:], layer.k_norm)
+        return torch.cat((q, k), dim=1)
 
-    def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate).mul_(up))
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._norm(x.reshape(len(x), -1, len(weight)), weight).view(x.shape)
+
+    def _maybe_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self._norm(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+        return rms_norm(x, weight, self.config.norm_eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dimension, in the precision of a float32 `weight` if it is one."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)

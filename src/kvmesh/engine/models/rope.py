@@ -1,6 +1,7 @@
 """Rotary position embedding: frequencies with scaling, and the rotation of halves.
 
-Knows no weights and no cache. Papers: RoFormer (arXiv 2104.09864), Llama 3 scaling (arXiv 2407.21783).
+Knows no weights and no cache. Papers: RoFormer (arXiv 2104.09864), Llama 3 scaling (arXiv 2407.21783), YaRN (arXiv
+2309.00071).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvmesh.engine.models.config import Rope
+from kvmesh.engine.models.rope_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -19,6 +20,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "yarn":
+        return _yarn(rope, frequencies)
     return _llama3(rope, frequencies) if rope.kind == "llama3" else frequencies
 
 
@@ -30,10 +33,28 @@ def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
-def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The cosines and signed sines of `positions` `[tokens]`, each `[tokens, 1, head_dim]`."""
+def _yarn(rope: Rope, frequencies: Tensor) -> Tensor:
+    """Slows dimensions that turn less than `beta_slow` times in the trained context, blends up to `beta_fast`."""
+    pairs = len(frequencies)
+
+    def pair_turning(times: float) -> float:
+        return pairs * math.log(rope.original_context / (times * 2 * math.pi)) / math.log(rope.theta)
+
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    slowed = (torch.arange(pairs) - low) / max(high - low, 0.001)
+    slowed = slowed.clamp(0.0, 1.0)
+    return slowed * frequencies / rope.factor + (1 - slowed) * frequencies
+
+
+def rotation(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The cosines and signed sines of `positions` `[tokens]` times `amplitude`, each `[tokens, 1, head_dim]`."""
     angles = positions.unsqueeze(-1).float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
     return (
         torch.cat((cos, cos), dim=-1).unsqueeze(1).to(dtype),
         torch.cat((-sin, sin), dim=-1).unsqueeze(1).to(dtype),
