@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from kvmesh.engine.api import Engine, KvLayout
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
+from kvmesh.engine.warmup import warm_up
+from kvmesh.kv import bitstream
 from kvmesh.kv.codec import EXACT, Codec
 from kvmesh.kv.codecs.choice import find_profile, open_codec
 from kvmesh.kv.keys import fingerprint
@@ -57,6 +59,9 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
         token_budget=config.token_budget,
         threads=config.threads,
     )
+    kv = warm_up(engine.runner)
+    if kv is not None:
+        bitstream.decode(bitstream.encode(kv, dtype, engine.capacity.first_layer, codec), codec)
     layout = folder.layout(dtype, precision)
     return _model(folder.name, layout, folder.vocabulary_size, engine.capacity, codec), engine
 
