@@ -74,6 +74,10 @@ class ProcessMesh:
         if number is signal.SIGKILL:
             self._children[worker_id].wait()
 
+    def exit_status(self, worker_id: str) -> int | None:
+        """None while it runs; of a signal, its negative number."""
+        return self._children[worker_id].poll()
+
     async def heal(self) -> None:
         """Mends every process that was left stopped or dead."""
         for worker_id, child in self._children.items():

@@ -55,9 +55,9 @@ def prompt(number):
     return [(number * 7 + position * position) % 251 for position in range(600)]
 
 
-def expected(tokens):
+def expected(tokens, output_tokens=OUTPUT):
     engine = fake_engine()
-    engine.add(EngineRequest("r", tuple(tokens), SamplingParams(max_tokens=OUTPUT, seed=5, ignore_eos=True)))
+    engine.add(EngineRequest("r", tuple(tokens), SamplingParams(max_tokens=output_tokens, seed=5, ignore_eos=True)))
     output = []
     while engine.has_work():
         output += [event.token_id for event in engine.step() if isinstance(event, TokenOutput)]
@@ -67,11 +67,11 @@ def expected(tokens):
 class Stream:
     """One request of the client, running in the background."""
 
-    def __init__(self, mesh, number):
+    def __init__(self, mesh, number, output_tokens=OUTPUT):
         self.prompt = prompt(number)
         self.tokens, self.finish = [], None
         self.generation = mesh.client.generate(
-            token_ids=self.prompt, max_tokens=OUTPUT, seed=5, ignore_eos=True, timeout=60
+            token_ids=self.prompt, max_tokens=output_tokens, seed=5, ignore_eos=True, timeout=60
         )
         self.task = asyncio.create_task(self._read())
 
@@ -88,8 +88,9 @@ class Stream:
 class Moment:
     """Brings requests to a phase."""
 
-    def __init__(self, mesh):
+    def __init__(self, mesh, output_tokens=OUTPUT):
         self.mesh = mesh
+        self.output_tokens = output_tokens
         self.frozen = None
         self.streams = []
 
@@ -109,7 +110,7 @@ class Moment:
             return
         # One of each kind runs at a time: the third and fourth wait, at prefill and then at decode.
         count = 4 if phase in ("queued", "handed over") else 1
-        self.streams = [Stream(self.mesh, next(salt)) for _ in range(count)]
+        self.streams = [Stream(self.mesh, next(salt), self.output_tokens) for _ in range(count)]
         await until(lambda: self._is_or_over(phase), 30)
 
     async def _is_or_over(self, phase):
@@ -211,4 +212,22 @@ async def test_the_mesh_serves_on_without_redis_and_registers_again(mesh):
     after = Stream(mesh, next(salt))
     await after.task
     assert after.tokens == expected(after.prompt)
+    await mesh.assert_clean()
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.KVSTORE])
+async def test_a_worker_told_to_end_first_ends_what_it_began(mesh, role):
+    """SIGTERM is a drain: no request is moved elsewhere, none is recomputed."""
+    moment = Moment(mesh, output_tokens=200)  # the router sees within a second that the worker has left the registry
+    await moment.reach("decoding" if role is Role.DECODE else "publishing")
+    victim = await moment.victim(role)
+    mesh.send(victim, signal.SIGTERM)
+    (stream,) = moment.streams
+    await stream.task
+    assert stream.tokens == expected(stream.prompt, 200)
+    if role is not Role.KVSTORE:
+        assert stream.finish.recoveries == 0
+    await until(lambda: asyncio.sleep(0, mesh.exit_status(victim) is not None), 20)
+    assert mesh.exit_status(victim) == 0
+    await mesh.heal()
     await mesh.assert_clean()
