@@ -30,6 +30,30 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     KVSTORE = "kvstore"
+    MIXED = "mixed"
+    """Prefill and decode in one process."""
+
+    @property
+    def prefills(self) -> bool:
+        return self in (Role.PREFILL, Role.MIXED)
+
+    @property
+    def decodes(self) -> bool:
+        return self in (Role.DECODE, Role.MIXED)
+
+
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a sample's text must match, from its first character to its last."""
+
+    kind: GrammarKind
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +79,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
     @property
     def ending_token_ids(self) -> frozenset[int]:
@@ -82,6 +107,8 @@ class SamplingParams:
              "must map token ids of the vocabulary to values in [-100, 100]"),
             ("stop_token_ids", all(0 <= t < vocabulary_size for t in self.stop_token_ids),
              "must be token ids of the vocabulary"),
+            (self.grammar.kind if self.grammar else "", not self.grammar or not (self.ignore_eos or self.min_tokens),
+             "cannot be combined with ignore_eos or min_tokens: the grammar says where the text ends"),
         ]  # fmt: skip
         return [(name, text) for name, good, text in checks if not good]
 
@@ -152,6 +179,10 @@ class KvTicket:
     lease_ttl_ms: int
     chunks: tuple[ChunkRef, ...] = ()
     sources: tuple[ChunkSource, ...] = ()
+    replicas: int = 1
+    """Sources that are to hold each chunk."""
+    tenant: bytes = b""
+    """Whose the chunks are: `kvmesh.kv.keys.tenant_of` the salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +235,5 @@ class WorkerStatistics:
     uptime_seconds: float = 0.0
     draining: bool = False
     integrity_errors: list[str] = field(default_factory=list)
+    raw_bytes: int = 0
+    chunks_by_quality: dict[str, int] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from kvmesh.cli.plan import MeshPlan
 from kvmesh.client import Delta, Finish, PromptInfo
 from kvmesh.engine.api import EngineRequest, TokenOutput
 from kvmesh.engine.build import build_engine
+from kvmesh.errors import InvalidArgument
 from kvmesh.types import FinishReason, Role, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2, router_pb2_grpc
 from tests.e2e.mesh import ProcessMesh, until
@@ -139,6 +140,30 @@ async def test_a_lost_decode_worker_costs_no_token(mesh, engine, number):
     assert finish.recoveries == 1
     assert got == alone(engine, ids, temperature=0, max_tokens=64, ignore_eos=True)
     await mesh.heal()
+    await mesh.assert_clean()
+
+
+async def test_structured_output_survives_the_worker(mesh):
+    schema = json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": 12, "maxItems": 12})
+    text, killed = "", False
+    async with mesh.client.generate(chat=QUESTION, temperature=0.8, seed=3, json_schema=schema) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                text += event.text
+                victim = None if killed else await mesh.find(Role.DECODE, lambda s: s.running > 0)
+                if victim and len(text) > 6:
+                    mesh.send(victim.worker_id, signal.SIGKILL)
+                    killed = True
+            elif isinstance(event, Finish):
+                finish = event
+    numbers = json.loads(text)
+    assert len(numbers) == 12
+    assert all(isinstance(number, int) for number in numbers)
+    assert finish.choices[0].reason is FinishReason.STOP
+    assert (killed, finish.recoveries) == (True, 1)
+    await mesh.heal()
+    with pytest.raises(InvalidArgument, match="json_schema"):
+        await mesh.client.complete("x", json_schema='{"type": "nope"}')
     await mesh.assert_clean()
 
 

@@ -5,12 +5,14 @@ Knows the protos of the client's contract and the model; not who will serve it.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvmesh.errors import InvalidArgument
+from kvmesh.grammar import problem as grammar_problem
 from kvmesh.rpc.convert import sampling_from_proto
 from kvmesh.types import MAX_SAMPLES, MAX_STOP_STRINGS, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2
@@ -91,6 +93,9 @@ async def validate(submission: Submission, model: Model, context: int) -> Reques
     if prompt is not None:
         violations += _length_problems(len(prompt), sampling.max_tokens, context)
     violations += _other_problems(submission)
+    if grammar := sampling.grammar:
+        text = await asyncio.to_thread(grammar_problem, grammar)
+        violations += [(grammar.kind, text)] if text else []
     if violations:
         raise InvalidArgument(violations=violations)
     return Request(

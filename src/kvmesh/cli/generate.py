@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,9 @@ def generate(
     frequency_penalty: Annotated[float | None, typer.Option(help="In [-2, 2], per occurrence.")] = None,
     seed: SeedOption = None,
     n: Annotated[int | None, typer.Option("--n", help="Samples of the one prompt.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="The answer is JSON of this schema: a file, or JSON.")] = None,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
+    lark: Annotated[str | None, typer.Option(help="The answer is of this grammar, in Lark's syntax: a file.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities of this many tokens.")] = None,
@@ -54,7 +58,7 @@ def generate(
         model=model, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed, n=n, stop=stop, ignore_eos=ignore_eos or None,
-        logprobs=logprobs,
+        logprobs=logprobs, json_schema=text_or_file(json_schema), regex=regex, lark=text_or_file(lark),
     )  # fmt: skip
     text = read_prompt(prompt)
     with connect(address) as client:
@@ -69,6 +73,14 @@ def generate(
             typer.echo(f"--- sample {output.index}\n{output.text}")
     if timings:
         notes().print(timings_line(finish), style="dim", soft_wrap=True)
+
+
+def text_or_file(given: str | None) -> str | None:
+    """What a file of that name holds; `given` itself if there is none."""
+    try:
+        return Path(given).read_text() if given and Path(given).is_file() else given
+    except OSError:
+        return given
 
 
 def given(**options: Any) -> Options:

@@ -39,6 +39,9 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int
     n: int
+    json_schema: str
+    regex: str
+    lark: str
     max_tokens: int
     min_tokens: int
     stop: Sequence[str]

@@ -19,7 +19,8 @@ class Draw:
     """A token to sample from the logits of a row's last token.
 
     `offset` is the output position of the token to draw; `prompt` and `output` are what penalties count. Randomness
-    derives from (params.seed, index, offset) alone, so that any worker draws the same token.
+    derives from (params.seed, index, offset) alone, so that any worker draws the same token. `request_id` and `index`
+    name the sample, for what a runner remembers of it.
     """
 
     params: SamplingParams
@@ -27,6 +28,7 @@ class Draw:
     offset: int
     prompt: Sequence[int]
     output: Sequence[int]
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """`failure`: why no token can be drawn, and the request cannot go on; empty if one was."""
+
     token_id: int
     logprobs: PositionLogprobs | None = None
+    failure: str = ""
 
 
 class Runner(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 
 from kvmesh.engine.api import KvLayout
 from kvmesh.engine.attention.choice import choose
+from kvmesh.engine.grammar import Grammars
 from kvmesh.engine.linear import resolve_precision
 from kvmesh.engine.loading import load
 from kvmesh.engine.models.config import parse
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kvmesh.engine.core import EngineCore
 
 DEFAULT_KV_MEMORY = 1 << 30
+log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -71,7 +74,18 @@ def build_runner(
     if blocks is None:
         blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
     back_end = choose(kv_layout_of(folder, dtype), device, torch.get_num_threads())
-    return TorchRunner(model, blocks, max_model_len, back_end)
+    return TorchRunner(model, blocks, max_model_len, back_end, _grammars(folder))
+
+
+def _grammars(folder: ModelFolder) -> Grammars | None:
+    """None without a tokenizer that fits the model, and without a token to end a text with."""
+    if not folder.tokenizer_path.is_file() or not folder.eos_token_ids:
+        return None
+    try:
+        return Grammars(folder.tokenizer_path, folder.vocabulary_size, folder.eos_token_ids, torch.get_num_threads())
+    except ValueError as error:
+        log.warning("no structured output with %s: %s", folder.name, error)
+        return None
 
 
 def resolve_device(device: str) -> str:

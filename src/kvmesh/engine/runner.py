@@ -14,7 +14,8 @@ from torch import Tensor
 from kvmesh.engine.api import KvArray, KvLayout
 from kvmesh.engine.attention.choice import BackEnd, torch_back_end
 from kvmesh.engine.attention.interface import Segment
-from kvmesh.engine.batch import Batch, Row, SampledToken
+from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.grammar import Grammars
 from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.sampling import sample
 
@@ -28,8 +29,10 @@ class TorchRunner:
         blocks: int,
         max_model_len: int | None = None,
         back_end: BackEnd | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = model
+        self._grammars = grammars
         build = back_end or torch_back_end(model.device)
         self._pool, self._attention = build(kv_layout(model), blocks, model.windows)
         self._max_model_len = min(max_model_len or model.config.max_model_len, model.config.max_model_len)
@@ -55,8 +58,27 @@ class TorchRunner:
         self._pool.copy(batch.copies)
         logits = self._logits(batch.rows)
         draws = [draw for row in batch.rows for draw in row.draws]
-        sampled = iter(sample(logits, draws) if draws else ())
+        sampled = iter(self._sample(logits, draws) if draws else ())
         return [[next(sampled) for _ in row.draws] for row in batch.rows]
+
+    def _sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
+        """Tokens that the grammars of those draws that have one allow."""
+        bound = [row for row, draw in enumerate(draws) if draw.params.grammar]
+        if not bound:
+            return sample(logits, draws)
+        allowed, problems = self._allowed([draws[row] for row in bound])
+        logits[bound] = logits[bound].masked_fill(~allowed, float("-inf"))
+        failures = {row: problem for row, problem in zip(bound, problems, strict=True) if problem}
+        free = [row for row in range(len(draws)) if row not in failures]
+        tokens = dict(zip(free, sample(logits[free], [draws[row] for row in free]), strict=True)) if free else {}
+        return [tokens.get(row) or SampledToken(0, failure=failures[row]) for row in range(len(draws))]
+
+    def _allowed(self, draws: Sequence[Draw]) -> tuple[Tensor, list[str]]:
+        if self._grammars is None:
+            nothing = torch.zeros(len(draws), self.vocabulary_size, dtype=torch.bool)
+            return nothing, ["there is no tokenizer for a grammar"] * len(draws)
+        allowed, problems = self._grammars.allowed(draws)
+        return torch.from_numpy(allowed).to(self._model.device), problems
 
     @torch.inference_mode()
     def read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> KvArray:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from kvmesh.engine.api import Admitted, Computing, EngineRequest, Event, TokenOutput
+from kvmesh.engine.api import Admitted, Computing, EngineRequest, Event, Failed, TokenOutput
 from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
 from kvmesh.engine.cache.block_pool import BlockPool
 from kvmesh.engine.sequence import Group, SampleState, Sequence
@@ -135,6 +135,12 @@ class Scheduler:
         events: list[Event] = []
         exports: list[Export] = []
         for sequence, row, tokens in zip(iteration.sequences, iteration.rows, sampled, strict=True):
+            request_id = sequence.group.request.request_id
+            if failure := next((token.failure for token in tokens if token.failure), ""):
+                self.abort(request_id)
+                events.append(Failed(request_id, InvalidArgument(failure)))
+            if request_id not in self.groups:
+                continue
             sequence.computed += len(row.token_ids)
             self._publish(sequence)
             exports += self._due_exports(sequence)
@@ -248,7 +254,9 @@ class Scheduler:
     def _draws(self, sequence: Sequence) -> Iterator[Draw]:
         request = sequence.group.request
         for sample in sequence.drawing:
-            yield Draw(request.sampling, sample.index, len(sample.output), request.prompt, sample.output)
+            yield Draw(
+                request.sampling, sample.index, len(sample.output), request.prompt, sample.output, request.request_id
+            )
 
     def _due_exports(self, sequence: Sequence) -> Iterator[Export]:
         group = sequence.group

@@ -13,6 +13,8 @@ from kvmesh.types import (
     ChunkRef,
     ChunkSource,
     FinishReason,
+    Grammar,
+    GrammarKind,
     KvTicket,
     PositionLogprobs,
     Role,
@@ -36,6 +38,7 @@ _ROLE = {
     Role.PREFILL: pb.WORKER_ROLE_PREFILL,
     Role.DECODE: pb.WORKER_ROLE_DECODE,
     Role.KVSTORE: pb.WORKER_ROLE_KVSTORE,
+    Role.MIXED: pb.WORKER_ROLE_MIXED,
 }
 _ROLE_BACK = {value: role for role, value in _ROLE.items()}
 
@@ -65,6 +68,8 @@ def ticket_to_proto(ticket: KvTicket) -> pb.KvTicket:
         lease_ttl_ms=ticket.lease_ttl_ms,
         chunks=map(_chunk_to_proto, ticket.chunks),
         sources=[pb.ChunkSource(worker_id=source.worker_id, address=source.address) for source in ticket.sources],
+        replicas=ticket.replicas,
+        tenant=ticket.tenant,
     )
 
 
@@ -77,12 +82,16 @@ def ticket_from_proto(ticket: pb.KvTicket) -> KvTicket:
         raise InvalidArgument(violations=[("ticket.chunks", "must have keys of 32 bytes")])
     if any(chunk.source >= len(ticket.sources) for chunk in ticket.chunks):
         raise InvalidArgument(violations=[("ticket.chunks", "must come from sources of the ticket")])
+    if len(ticket.tenant) not in (0, TENANT_BYTES):
+        raise InvalidArgument(violations=[("ticket.tenant", f"must have {TENANT_BYTES} bytes or none")])
     return KvTicket(
         fingerprint=ticket.fingerprint,
         lease_id=ticket.lease_id,
         lease_ttl_ms=ticket.lease_ttl_ms,
         chunks=tuple(map(_chunk_from_proto, ticket.chunks)),
         sources=tuple(ChunkSource(source.worker_id, source.address) for source in ticket.sources),
+        replicas=max(1, ticket.replicas),
+        tenant=ticket.tenant,
     )
 
 
@@ -115,6 +124,8 @@ def sampling_to_proto(params: SamplingParams) -> tuple[pb.SamplingParameters, pb
         seed=params.seed,
         n=params.n,
     )
+    if params.grammar:
+        setattr(sampling, params.grammar.kind, params.grammar.text)
     stopping = pb.StoppingParameters(
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,
@@ -153,7 +164,13 @@ def sampling_from_proto(
         ignore_eos=stopping.ignore_eos,
         stop_token_ids=frozenset(stopping.stop_token_ids),
         eos_token_ids=frozenset(eos_token_ids),
+        grammar=_grammar_from_proto(sampling),
     )
+
+
+def _grammar_from_proto(sampling: pb.SamplingParameters) -> Grammar | None:
+    kind = sampling.WhichOneof("grammar")
+    return Grammar(GrammarKind(kind), getattr(sampling, kind)) if kind else None
 
 
 def token_batch_to_proto(batch: TokenBatch) -> pb.TokenBatch:

@@ -60,6 +60,8 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     WORKER_ROLE_PREFILL: _WorkerRole.ValueType  # 2
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 3
     WORKER_ROLE_KVSTORE: _WorkerRole.ValueType  # 4
+    WORKER_ROLE_MIXED: _WorkerRole.ValueType  # 5
+    """Prefill and decode in one process."""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper):
     """What a process does in the mesh."""
@@ -69,6 +71,8 @@ WORKER_ROLE_ROUTER: WorkerRole.ValueType  # 1
 WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 2
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 3
 WORKER_ROLE_KVSTORE: WorkerRole.ValueType  # 4
+WORKER_ROLE_MIXED: WorkerRole.ValueType  # 5
+"""Prefill and decode in one process."""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 @_typing.final
@@ -109,6 +113,9 @@ class SamplingParameters(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """>= 0; 0 is greedy. Default 1."""
     top_p: _builtins.float
@@ -127,6 +134,12 @@ class SamplingParameters(_message.Message):
     """Same seed, same tokens, on any worker. Default: chosen by the router."""
     n: _builtins.int
     """Parallel samples of one prompt. Default 1."""
+    json_schema: _builtins.str
+    """A JSON schema, as JSON text."""
+    regex: _builtins.str
+    """A regular expression, without anchors."""
+    lark: _builtins.str
+    """A context-free grammar in Lark's syntax, from its rule `start`."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logit of a token id; each in [-100, 100]."""
@@ -144,10 +157,13 @@ class SamplingParameters(_message.Message):
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
         seed: _builtins.int | None = ...,
         n: _builtins.int | None = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
@@ -167,6 +183,8 @@ class SamplingParameters(_message.Message):
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType_grammar: _TypeAlias = _typing.Literal["json_schema", "regex", "lark"]  # noqa: Y015
+    _WhichOneofArgType_grammar: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
     @_typing.overload
@@ -185,6 +203,8 @@ class SamplingParameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_grammar) -> _WhichOneofReturnType_grammar | None: ...
 
 Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
 
@@ -417,10 +437,18 @@ class KvTicket(_message.Message):
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Namespace hash of model, tokenizer, RoPE, dtype, layout and codec family."""
     lease_id: _builtins.str
     lease_ttl_ms: _builtins.int
+    replicas: _builtins.int
+    """Sources that are to hold each chunk: its own and the next ones by
+    rendezvous of worker_id and key. 0 is one.
+    """
+    tenant: _builtins.bytes
+    """Whose the chunks are: 16 bytes of a hash of the salt, or empty without one."""
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkRef]:
         """In token order, without gaps; the last may be the tail."""
@@ -435,10 +463,12 @@ class KvTicket(_message.Message):
         lease_ttl_ms: _builtins.int = ...,
         chunks: _abc.Iterable[Global___ChunkRef] | None = ...,
         sources: _abc.Iterable[Global___ChunkSource] | None = ...,
+        replicas: _builtins.int = ...,
+        tenant: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "fingerprint", b"fingerprint", "lease_id", b"lease_id", "lease_ttl_ms", b"lease_ttl_ms", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "fingerprint", b"fingerprint", "lease_id", b"lease_id", "lease_ttl_ms", b"lease_ttl_ms", "replicas", b"replicas", "sources", b"sources", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,6 +694,26 @@ class WorkerStatistics(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ChunksByQualityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
@@ -681,6 +731,8 @@ class WorkerStatistics(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERRORS_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_BY_QUALITY_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     blocks_total: _builtins.int
@@ -700,9 +752,17 @@ class WorkerStatistics(_message.Message):
     uptime_seconds: _builtins.float
     draining: _builtins.bool
     """Draining: takes no new work."""
+    raw_bytes: _builtins.int
+    """What the stored chunks would take raw."""
     @_builtins.property
     def integrity_errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What check_integrity() found; empty is good. Filled on request."""
+
+    @_builtins.property
+    def chunks_by_quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Chunks by codec and quality: of a kvstore those stored, of prefill and
+        decode those fetched since the start.
+        """
 
     def __init__(
         self,
@@ -724,10 +784,12 @@ class WorkerStatistics(_message.Message):
         uptime_seconds: _builtins.float = ...,
         draining: _builtins.bool = ...,
         integrity_errors: _abc.Iterable[_builtins.str] | None = ...,
+        raw_bytes: _builtins.int = ...,
+        chunks_by_quality: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "disk_bytes", b"disk_bytes", "draining", b"draining", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "misses_total", b"misses_total", "preemptions_total", b"preemptions_total", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "misses_total", b"misses_total", "preemptions_total", b"preemptions_total", "raw_bytes", b"raw_bytes", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvmesh.engine.api import EngineRequest, Sample
 from kvmesh.errors import InvalidArgument, Mismatch
+from kvmesh.grammar import problem as grammar_problem
 from kvmesh.kv.codec import Codec, Raw
 from kvmesh.kv.keys import namespace_root
 from kvmesh.types import ChunkRef, KvTicket, SamplingParams, WorkerCapacity, WorkerInfo
@@ -25,6 +26,7 @@ class Model:
     vocabulary_size: int
     capacity: WorkerCapacity
     codec: Codec = field(default_factory=Raw)
+    structured_output: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,11 @@ def check(job: Job, model: Model, peers: Iterable[WorkerInfo] = ()) -> None:
         InvalidArgument: every value out of range, named.
     """
     _check_pairing(job, model, peers)
-    if violations := [*_problems(job, model), *job.sampling.problems(model.vocabulary_size)]:
+    violations = [*_problems(job, model), *job.sampling.problems(model.vocabulary_size)]
+    if grammar := job.sampling.grammar:
+        text = grammar_problem(grammar) if model.structured_output else f"is not to be had of the model {model.name}"
+        violations += [(grammar.kind, text)] if text else []
+    if violations:
         raise InvalidArgument(violations=violations)
 
 

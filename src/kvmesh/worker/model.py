@@ -6,6 +6,7 @@ The only place that decides between a fake and a real engine; torch is imported 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from kvmesh.engine.api import Engine, KvLayout
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
@@ -33,7 +34,8 @@ def _fake(config: WorkerConfig) -> tuple[Model, Engine]:
         step_seconds=config.fake_step_seconds,
     )
     codec = open_codec(config.codec, _shape(engine.layout))
-    return _model(FAKE_MODEL, fake_layout(engine.layout), FAKE_VOCABULARY, engine.capacity, codec), engine
+    model = _model(FAKE_MODEL, fake_layout(engine.layout), FAKE_VOCABULARY, engine.capacity, codec)
+    return replace(model, structured_output=False), engine
 
 
 def _real(config: WorkerConfig) -> tuple[Model, Engine]:
