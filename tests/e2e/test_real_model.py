@@ -7,6 +7,7 @@ test_greedy_parity.py.
 import asyncio
 import json
 import signal
+from statistics import fmean
 
 import pytest
 import pytest_asyncio
@@ -14,7 +15,7 @@ import pytest_asyncio
 from kvmesh import hub
 from kvmesh.cli.plan import MeshPlan
 from kvmesh.client import Delta, Finish, PromptInfo
-from kvmesh.engine.api import EngineRequest, TokenOutput
+from kvmesh.engine.api import EngineRequest, Sample, TokenOutput
 from kvmesh.engine.build import build_engine
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import FinishReason, Role, SamplingParams
@@ -141,6 +142,29 @@ async def test_a_lost_decode_worker_costs_no_token(mesh, engine, number):
     assert got == alone(engine, ids, temperature=0, max_tokens=64, ignore_eos=True)
     await mesh.heal()
     await mesh.assert_clean()
+
+
+async def test_beams_are_searched_where_they_decode(mesh, engine):
+    options = {"temperature": 0, "max_tokens": 12, "n": 2, "beam_width": 3}
+    completion = await mesh.client.complete("The three primary colours are", **options, prompt_token_ids=True)
+    params = SamplingParams(max_tokens=12, n=2, beam_width=3, eos_token_ids=frozenset({2}))
+    prompt = tuple(completion.prompt.token_ids)
+    engine.add(EngineRequest("beams", prompt, params, (Sample(0), Sample(1))))
+    alone = [[], []]
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, TokenOutput):
+                alone[event.index].append(event.token_id)
+    assert [list(output.token_ids) for output in completion.outputs] == alone
+
+
+async def test_best_of_gives_out_the_likeliest(mesh):
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 12}
+    every = await mesh.client.complete("My favourite animal is", **options, n=4, logprobs=0)
+    means = [fmean(entry.chosen.logprob for entry in output.logprobs) for output in every.outputs]
+    best = await mesh.client.complete("My favourite animal is", **options, best_of=4)
+    assert [output.token_ids for output in best.outputs] == [every.outputs[means.index(max(means))].token_ids]
+    assert not best.outputs[0].logprobs
 
 
 async def test_structured_output_survives_the_worker(mesh):

@@ -28,6 +28,8 @@ class Lease:
 class Claim:
     request: Request
     ttl_ms: int
+    replicas: int = 1
+    """Stores that are to hold each chunk."""
     leases: list[Lease] = field(default_factory=list)
     _ticket: KvTicket | None = None
     _spent: bool = False
@@ -42,6 +44,7 @@ class Claim:
             sources=[ChunkSource(store.worker_id, store.address) for store in stores],
             lease_id=secrets.token_hex(16),
             ttl_ms=self.ttl_ms,
+            replicas=self.replicas,
         )
 
     def give(self, ticket: KvTicket, worker: WorkerInfo, request_id: str) -> None:

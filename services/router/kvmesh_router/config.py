@@ -23,5 +23,7 @@ class RouterConfig(ProcessConfig):
     worker_patience: float = Field(default=3.0, ge=0)
     """How long to wait for a worker to come when there is none."""
     lease_ttl: float = Field(default=30.0, ge=1)
+    replicas: int = Field(default=1, ge=1, le=16)
+    """Stores that are to hold each chunk of KV, where there are as many."""
     min_prefill_tokens: int = Field(default=0, ge=0)
     """Shorter prompts are prefilled by the decode worker."""

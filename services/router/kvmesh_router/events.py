@@ -29,6 +29,14 @@ class ResponseOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class BestOfOptions:
+    """How many samples were asked for, and whether with log-probabilities."""
+
+    keep: int
+    logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A valid request: what flow.py serves."""
 
@@ -39,6 +47,8 @@ class Request:
     stop: tuple[str, ...] = ()
     response: ResponseOptions = ResponseOptions()
     cache_salt: str = ""
+    best_of: BestOfOptions | None = None
+    """Of `sampling.n` samples give out the likeliest; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,8 @@ class Usage:
     cached_tokens: int = 0
     transferred_tokens: int = 0
     recomputed_tokens: int = 0
+    fetched_bytes: int = 0
+    chunks_by_quality: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -14,19 +14,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from kvmesh.errors import (
-    AlreadyExists,
-    DeadlineExceeded,
-    InvalidArgument,
-    KvmeshError,
-    Mismatch,
-    Overloaded,
-    Unavailable,
-)
+from kvmesh.errors import KvmeshError
 from kvmesh.rpc.deadline import Deadline
 from kvmesh.scheduling.load import Assignment
-from kvmesh.scheduling.placement import Identity, Placement, Prompt, identity
-from kvmesh.scheduling.prefix_index import prefix_hashes
+from kvmesh.scheduling.placement import Placement
+from kvmesh.scheduling.policy import Policy, Slo
 from kvmesh.telemetry import Metrics
 from kvmesh.types import CHUNK_TOKENS, FinishReason, Role, WorkerInfo
 from kvmesh_router.claim import Claim
@@ -36,30 +28,28 @@ from kvmesh_router.generation import Generation
 from kvmesh_router.hops import Hops
 from kvmesh_router.janitor import Janitor
 from kvmesh_router.model import Models, Workers, context_of
-from kvmesh_router.pairing import Pairing, pair
 from kvmesh_router.peers import Peers
+from kvmesh_router.routing import REFUSALS, Measured, Routing, no_worker
 from kvmesh_router.session import RequestAborted, Session, Sessions
 from kvmesh_router.validation import Submission, validate
 
-FATAL = (InvalidArgument, DeadlineExceeded)
-"""Errors that no other worker would mend."""
-REFUSALS = (Overloaded, Mismatch, AlreadyExists)
-"""Errors of a worker that is alive and well."""
-
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Limits:
     """Times in seconds. `stall`: silence that makes a worker lost. `patience`: how long to wait for a worker to come.
 
     `margin`: a hop's deadline comes this much earlier. `min_prefill_tokens`: shorter prompts go straight to decode.
+    `slo`: of requests that name none.
     """
 
     stall: float = 5.0
     patience: float = 3.0
     margin: float = 0.1
     lease_ttl: float = 30.0
+    replicas: int = 1
     prefill_attempts: int = 3
     min_prefill_tokens: int = 0
+    slo: Slo = field(default_factory=Slo)
 
 
 Stored = Callable[[Sequence[bytes]], Awaitable[int]]
@@ -88,10 +78,10 @@ class Flow:
     gate: Gate
     peers: Peers
     metrics: Metrics
-    placement: Placement = field(default_factory=Placement)
+    policy: Policy = field(default_factory=Placement)
     sessions: Sessions = field(default_factory=Sessions)
     janitor: Janitor = field(default_factory=Janitor)
-    policy: Policy = Policy()
+    limits: Limits = Limits()
     stored: Stored = nothing_stored
     counts: Counts = field(default_factory=Counts)
 
@@ -114,9 +104,11 @@ class Flow:
                     async with aclosing(Dispatch(self, session, generation).deltas()) as deltas:
                         async for delta in deltas:
                             yield delta
+                    for delta in generation.held_back():
+                        yield delta
                     yield generation.finish()
             except RequestAborted:
-                for delta in generation.abort() if generation else ():
+                for delta in (*generation.abort(), *generation.held_back()) if generation else ():
                     yield delta
                 yield generation.finish() if generation else _aborted(submission, time.monotonic() - arrived)
             finally:
@@ -125,11 +117,11 @@ class Flow:
     def check_integrity(self) -> list[str]:
         """What is wrong with the counters; empty is good."""
         admission = self.gate.admission
-        problems = admission.check_integrity() + self.placement.check_integrity()
+        problems = admission.check_integrity() + self.policy.check_integrity()
         if len(self.sessions) < admission.running + admission.waiting:
             problems.append(f"{admission.running + admission.waiting} admitted of {len(self.sessions)} requests")
-        if self.placement.assigned > len(self.sessions):
-            problems.append(f"{self.placement.assigned} assignments of {len(self.sessions)} requests")
+        if self.policy.assigned > len(self.sessions):
+            problems.append(f"{self.policy.assigned} assignments of {len(self.sessions)} requests")
         return problems
 
     def _count(self, generation: Generation | None) -> None:
@@ -143,17 +135,16 @@ class Flow:
 
 
 class Dispatch:
-    """One request among the workers. `failed`: who has failed it, and how."""
+    """One request among the workers."""
 
     def __init__(self, flow: Flow, session: Session, generation: Generation) -> None:
         self._flow = flow
         self._session = session
         self._generation = generation
         self._request = generation.request
-        self._claim = Claim(generation.request, round(flow.policy.lease_ttl * 1000))
-        self._hops = Hops(flow.peers, session, generation, self._claim, flow.policy.stall, flow.policy.margin)
-        self._failed: dict[Identity, KvmeshError] = {}
-        self._fingerprint = ""
+        self._claim = Claim(generation.request, round(flow.limits.lease_ttl * 1000), flow.limits.replicas)
+        self._hops = Hops(flow.peers, session, generation, self._claim, flow.limits.stall, flow.limits.margin)
+        self._routing = Routing(flow.directory, flow.policy, generation, flow.limits.slo)
         self._last_resort = False
         self._attempts = 0
         self._nonce = secrets.token_hex(4)
@@ -161,7 +152,8 @@ class Dispatch:
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Prefill where there is who can, then decode, elsewhere again as often as it takes."""
         try:
-            attempts = self._flow.policy.prefill_attempts
+            self._routing.admit()
+            attempts = self._flow.limits.prefill_attempts
             while not self._generation.started and attempts and (prefill := await self._prefill_worker()):
                 async with aclosing(self._prefill(prefill)) as deltas:
                     async for delta in deltas:
@@ -173,6 +165,7 @@ class Dispatch:
                         yield delta
         finally:
             self._release_leases()
+            self._routing.served()
 
     async def _prefill(self, assignment: Assignment) -> AsyncGenerator[Delta]:
         """One attempt; without a first token it may be made again elsewhere, with another lease."""
@@ -181,84 +174,57 @@ class Dispatch:
         try:
             async with aclosing(self._hops.prefill(assignment, ticket, self._attempt_id())) as deltas:
                 async for delta in deltas:
-                    self._fingerprint = assignment.worker.fingerprint
+                    self._routing.bind(assignment)
                     yield delta
         except KvmeshError as error:
-            self._lost(assignment.worker, error)
+            self._routing.lost(assignment.worker, error)
             if not self._generation.started:
                 self._release_leases()
         finally:
-            assignment.finish(self._generation.prefill_rate)
+            self._routing.prefilled(assignment)
 
     async def _decode(self, assignment: Assignment) -> AsyncGenerator[Delta]:
         """One attempt; if the worker is lost, the next goes on from where this one came to."""
-        tokens, began = self._generation.tokens, time.monotonic()
+        measured = Measured(self._generation, assignment)
         self._generation.note_dispatch()
         try:
-            async with aclosing(self._hops.decode(assignment.worker, self._attempt_id())) as deltas:
+            async with aclosing(self._hops.decode(assignment, self._attempt_id())) as deltas:
                 async for delta in deltas:
-                    self._fingerprint = assignment.worker.fingerprint
+                    self._routing.bind(assignment)
                     yield delta
         except KvmeshError as error:
-            self._lost(assignment.worker, error)
+            self._routing.lost(assignment.worker, error)
         finally:
-            gained = self._generation.tokens - tokens
-            assignment.finish(gained / (time.monotonic() - began) / assignment.sequences)
+            self._routing.decoded(assignment, measured)
 
     async def _prefill_worker(self) -> Assignment | None:
-        """None: there is none, or none that has not failed; or the prompt is not worth it."""
-        if len(self._request.prompt) < self._flow.policy.min_prefill_tokens or not self._stores():
+        """None: there is none, or none that has not failed; or the prompt is not worth it, or is a beam search's."""
+        routing, stores = self._routing, self._stores()
+        if len(self._request.prompt) < self._flow.limits.min_prefill_tokens or not stores:
             return None
-        pairing = self._pairing()
-        if pairing.mismatch:
-            raise Unavailable(pairing.mismatch)
-        fresh = self._fresh(pairing.prefill)
-        if not fresh:
+        if self._request.sampling.beam_width:
             return None
-        hashes = prefix_hashes(self._request.prompt, self._request.cache_salt)
-        prompt = Prompt(len(self._request.prompt), hashes, await self._stored_tokens(fresh))
-        return self._flow.placement.prefill(fresh, prompt, time.monotonic())
+        if workers := routing.prefill_workers():
+            routing.note_stored(await self._stored_tokens(workers))
+            return routing.prefill()
+        return None
 
     async def _decode_worker(self) -> Assignment:
         """The best that has not failed; waits a while for one to come, and then tries those that failed once more."""
-        generation = self._generation
-        samples = generation.unfinished
-        context = len(self._request.prompt) * samples + generation.tokens
-        patience = Deadline.after(self._flow.policy.patience)
+        generation, routing = self._generation, self._routing
+        patience = Deadline.after(self._flow.limits.patience)
         while True:
-            workers = self._pairing().decode
-            if fresh := self._fresh(workers):
-                assignment = self._flow.placement.decode(fresh, context, samples, time.monotonic())
-                if assignment is not None:
-                    return assignment
-            errors = [self._failed[identity(worker)] for worker in workers]
+            if assignment := routing.decode():
+                return assignment
+            errors = routing.decode_errors()
             refused = bool(errors) and all(isinstance(error, REFUSALS) for error in errors)
             if (refused and not generation.started) or (patience.expired and (self._last_resort or not errors)):
-                raise _no_worker(self._request.model, errors)
+                raise no_worker(self._request.model, errors)
             if patience.expired:
                 self._last_resort = True
-                self._failed.clear()
+                routing.failed.clear()
                 continue
             await self._session.wait(self._flow.directory.wait_for_change(min(0.2, patience.remaining())))
-
-    def _lost(self, worker: WorkerInfo, error: KvmeshError) -> None:
-        """Leaves the worker for another; raises what no other would mend."""
-        if isinstance(error, FATAL):
-            raise error
-        self._failed[identity(worker)] = error
-        if not isinstance(error, REFUSALS):
-            self._flow.placement.suspect(worker, time.monotonic())
-            self._generation.note_recovery(worker.role)
-
-    def _pairing(self) -> Pairing:
-        """Workers that may serve the request; once a token is out, only those of the same layout."""
-        directory = self._flow.directory
-        return pair(
-            self._request.model, directory.workers(Role.PREFILL), directory.workers(Role.DECODE), self._fingerprint
-        )
-
-    def _fresh(self, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
-        return [worker for worker in workers if identity(worker) not in self._failed]
 
     def _stores(self) -> list[WorkerInfo]:
         return self._flow.directory.workers(Role.KVSTORE)
@@ -279,15 +245,6 @@ class Dispatch:
     def _release_leases(self) -> None:
         for lease in self._claim.give_up():
             self._flow.janitor.take("the release of a lease", self._flow.peers.release(lease))
-
-
-def _no_worker(model: str, errors: Sequence[KvmeshError]) -> KvmeshError:
-    busy = [error for error in errors if isinstance(error, Overloaded)]
-    if busy and len(busy) == len(errors):
-        return Overloaded(str(busy[0]), min(error.retry_after for error in busy))
-    if errors:
-        return Unavailable(f"no decode worker could go on with the request: {errors[-1]}")
-    return Unavailable(f"no decode worker serves {model} now")
 
 
 def _aborted(submission: Submission, seconds: float) -> Finish:

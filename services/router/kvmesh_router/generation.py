@@ -12,7 +12,8 @@ from kvmesh.errors import InvalidArgument, KvmeshError
 from kvmesh.rpc.convert import token_batch_from_proto
 from kvmesh.telemetry import Metrics
 from kvmesh.v1 import common_pb2, decode_pb2, prefill_pb2
-from kvmesh_router.events import Delta, Finish, PromptInfo, Request, Timings, Usage
+from kvmesh_router.best_of import BestOf
+from kvmesh_router.events import Choice, Delta, Finish, PromptInfo, Request, Timings, Usage
 from kvmesh_router.model import Model
 from kvmesh_router.output import SampleOutput
 
@@ -28,9 +29,11 @@ class Generation:
         self.usage = Usage(prompt_tokens=len(request.prompt))
         self.recoveries = 0
         self.prefill_worker = self.decode_worker = ""
+        self._best_of = BestOf(request.best_of.keep, request.best_of.logprobs) if request.best_of else None
         self._metrics = metrics
         self._arrived = arrived
         self._first = self._last = 0.0
+        self._kept: list[Choice] = []
 
     @property
     def tokens(self) -> int:
@@ -69,13 +72,26 @@ class Generation:
             self.unfinished -= output.choice is not None
             if delta is not None:
                 self._count(len(delta.token_ids))
-                yield delta
+                if self._best_of:
+                    self._best_of.hold(delta)
+                else:
+                    yield delta
+
+    def held_back(self) -> Iterator[Delta]:
+        """What is given out only now that every sample has ended."""
+        if self._best_of:
+            deltas, self._kept = self._best_of.best(self._choices())
+            yield from deltas
 
     def abort(self) -> Iterator[Delta]:
         """Ends all samples; yields the text held back."""
         for output in self.outputs:
             delta = output.abort()
-            if delta is not None:
+            if delta is None:
+                continue
+            if self._best_of:
+                self._best_of.hold(delta)
+            else:
                 yield delta
         self.unfinished = 0
 
@@ -107,19 +123,26 @@ class Generation:
         self.usage.transferred_tokens += message.fetched_tokens
         self.usage.recomputed_tokens += message.recomputed_tokens
 
+    @property
+    def seconds_per_token(self) -> float:
+        """Mean time of each token after the first, of the longest sample so far."""
+        longest = max(len(output.tokens) for output in self.outputs)
+        return (self._last - self._first) / (longest - 1) if longest > 1 else 0.0
+
     def finish(self) -> Finish:
         """The last event. Every sample must have ended."""
         now = time.monotonic()
         self.timings.total_seconds = now - self._arrived
-        longest = max(len(output.tokens) for output in self.outputs)
-        if longest > 1:
-            self.timings.per_token_seconds = (self._last - self._first) / (longest - 1)
+        self.timings.per_token_seconds = self.seconds_per_token
         self.usage.completion_tokens = self.tokens
-        choices = [output.choice for output in self.outputs if output.choice is not None]
+        choices = self._kept or self._choices()
         self._record_finish(finish := Finish(
             choices, self.usage, self.timings, self.recoveries, self.prefill_worker, self.decode_worker
         ))  # fmt: skip
         return finish
+
+    def _choices(self) -> list[Choice]:
+        return [output.choice for output in self.outputs if output.choice is not None]
 
     def _count(self, tokens: int) -> None:
         now = time.monotonic()

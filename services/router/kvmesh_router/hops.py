@@ -6,6 +6,7 @@ attempt, and `flow.py` decides.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -46,7 +47,7 @@ class Hops:
                 match message.WhichOneof("event"):
                     case "first_tokens":
                         generation.note_first_tokens(worker.worker_id, message.first_tokens)
-                        assignment.first_token()
+                        assignment.first_token(time.monotonic())
                         self.claim.expect(ticket)
                         for delta in generation.take(message.first_tokens.samples):
                             yield delta
@@ -58,9 +59,9 @@ class Hops:
                         return
         raise Unavailable(f"{worker.worker_id} ended the prefill early")
 
-    async def decode(self, worker: WorkerInfo, attempt_id: str) -> AsyncGenerator[Delta]:
+    async def decode(self, assignment: Assignment, attempt_id: str) -> AsyncGenerator[Delta]:
         """Tokens from where the samples are; ends once every sample has."""
-        generation, ticket = self.generation, self.claim.for_decode()
+        worker, generation, ticket = assignment.worker, self.generation, self.claim.for_decode()
         generation.decode_worker = worker.worker_id
         samples = generation.unfinished_samples()
         request = decode_request(generation.request, attempt_id, worker.fingerprint, ticket, samples)
@@ -72,6 +73,8 @@ class Hops:
                     generation.note_started(message.started)
                     if ticket is not None:
                         self.claim.taken_over()
+                if assignment.prompt_tokens and message.samples:
+                    assignment.first_token(time.monotonic())
                 for delta in generation.take(message.samples):
                     yield delta
                 if not generation.unfinished:

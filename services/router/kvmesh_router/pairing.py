@@ -19,6 +19,11 @@ class Pairing:
     decode: tuple[WorkerInfo, ...]
     mismatch: str = ""
 
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """Each once, whatever it can do."""
+        return [*self.prefill, *(worker for worker in self.decode if not worker.role.prefills)]
+
 
 def pair(model: str, prefill: Iterable[WorkerInfo], decode: Iterable[WorkerInfo], fingerprint: str = "") -> Pairing:
     """With a `fingerprint`, only workers of that one: a request has begun and must go on alike."""

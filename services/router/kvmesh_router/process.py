@@ -19,7 +19,7 @@ from kvmesh.scheduling.admission import Admission
 from kvmesh.types import Role, WorkerInfo
 from kvmesh.v1.router_pb2_grpc import add_InferenceServiceServicer_to_server, add_MeshServiceServicer_to_server
 from kvmesh_router.config import RouterConfig
-from kvmesh_router.flow import Flow, Policy, Stored, nothing_stored
+from kvmesh_router.flow import Flow, Limits, Stored, nothing_stored
 from kvmesh_router.gate import Gate
 from kvmesh_router.model import Models
 from kvmesh_router.peers import Peers
@@ -81,10 +81,11 @@ async def serve_router(
 
 
 def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, stored: Stored) -> Flow:
-    policy = Policy(
+    limits = Limits(
         stall=config.stall_timeout,
         patience=config.worker_patience,
         lease_ttl=config.lease_ttl,
+        replicas=config.replicas,
         min_prefill_tokens=config.min_prefill_tokens,
     )
     flow = Flow(
@@ -93,10 +94,10 @@ def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, s
         gate=Gate(Admission(config.max_concurrent, config.max_queued)),
         peers=Peers(ground.channels),
         metrics=ground.telemetry.metrics,
-        policy=policy,
+        limits=limits,
         stored=stored,
     )
-    directory.subscribe(flow.placement.retain)
+    directory.subscribe(flow.policy.retain)
     directory.subscribe(flow.peers.retain)
     directory.subscribe(flow.models.prepare)
     return flow

@@ -16,7 +16,7 @@ from kvmesh.grammar import problem as grammar_problem
 from kvmesh.rpc.convert import sampling_from_proto
 from kvmesh.types import MAX_SAMPLES, MAX_STOP_STRINGS, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2
-from kvmesh_router.events import ChatInput, PromptInput, Request, ResponseOptions
+from kvmesh_router.events import BestOfOptions, ChatInput, PromptInput, Request, ResponseOptions
 from kvmesh_router.model import Model
 
 MAX_REQUEST_ID = 256
@@ -98,14 +98,16 @@ async def validate(submission: Submission, model: Model, context: int) -> Reques
         violations += [(grammar.kind, text)] if text else []
     if violations:
         raise InvalidArgument(violations=violations)
+    sampling, best_of = _all_samples(_with_seed(sampling, submission.sampling.HasField("seed")))
     return Request(
         submission.request_id,
         model.name,
         tuple(prompt or ()),
-        _with_seed(sampling, submission.sampling.HasField("seed")),
+        sampling,
         tuple(submission.stopping.stop),
         submission.response,
         submission.cache_salt,
+        best_of,
     )
 
 
@@ -152,6 +154,14 @@ def _other_problems(submission: Submission) -> Violations:
         ("stop", all(len(s) <= MAX_STOP_LENGTH for s in stop), f"must be of at most {MAX_STOP_LENGTH} characters each"),
     ]
     return [(name, text) for name, good, text in checks if not good]
+
+
+def _all_samples(sampling: SamplingParams) -> tuple[SamplingParams, BestOfOptions | None]:
+    """What workers draw, where `best_of` asks for more samples than are given out: ranking needs log-probabilities."""
+    if sampling.best_of <= sampling.n:
+        return sampling, None
+    drawn = replace(sampling, n=sampling.best_of, best_of=0, logprobs=sampling.logprobs or 0)
+    return drawn, BestOfOptions(sampling.n, sampling.logprobs is not None)
 
 
 def _with_seed(sampling: SamplingParams, chosen: bool) -> SamplingParams:

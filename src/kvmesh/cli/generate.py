@@ -43,6 +43,9 @@ def generate(
     frequency_penalty: Annotated[float | None, typer.Option(help="In [-2, 2], per occurrence.")] = None,
     seed: SeedOption = None,
     n: Annotated[int | None, typer.Option("--n", help="Samples of the one prompt.")] = None,
+    best_of: Annotated[int | None, typer.Option(help="Draw so many samples, show the --n likeliest.")] = None,
+    beams: Annotated[int | None, typer.Option(help="Beam search of this width; shows the --n best.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Of beam search: above 0 favours longer texts.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="The answer is JSON of this schema: a file, or JSON.")] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
     lark: Annotated[str | None, typer.Option(help="The answer is of this grammar, in Lark's syntax: a file.")] = None,
@@ -58,7 +61,8 @@ def generate(
         model=model, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed, n=n, stop=stop, ignore_eos=ignore_eos or None,
-        logprobs=logprobs, json_schema=text_or_file(json_schema), regex=regex, lark=text_or_file(lark),
+        logprobs=logprobs, best_of=best_of, beam_width=beams, length_penalty=length_penalty,
+        json_schema=text_or_file(json_schema), regex=regex, lark=text_or_file(lark),
     )  # fmt: skip
     text = read_prompt(prompt)
     with connect(address) as client:

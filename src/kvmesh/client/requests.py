@@ -42,6 +42,10 @@ class Options(TypedDict, total=False):
     json_schema: str
     regex: str
     lark: str
+    best_of: int
+    beam_width: int
+    length_penalty: float
+    early_stopping: bool
     max_tokens: int
     min_tokens: int
     stop: Sequence[str]

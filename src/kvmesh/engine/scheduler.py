@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from kvmesh.engine.api import Admitted, Computing, EngineRequest, Event, Failed, TokenOutput
 from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.beam import BeamSearch, beam_outputs
 from kvmesh.engine.cache.block_pool import BlockPool
 from kvmesh.engine.sequence import Group, SampleState, Sequence
 from kvmesh.errors import AlreadyExists, InvalidArgument, Overloaded
@@ -44,6 +45,12 @@ class Iteration:
     @property
     def batch(self) -> Batch:
         return Batch(tuple(self.rows), tuple(self.copies))
+
+
+def _in_use(sequence: Sequence, iteration: Iteration) -> bool:
+    """True if the iteration needs its blocks; beams come and go together."""
+    together = sequence.group.sequences if sequence.group.beams else [sequence]
+    return any(one in iteration.sequences for one in together)
 
 
 def blocks_for(tokens: int) -> int:
@@ -83,11 +90,23 @@ class Scheduler:
             raise InvalidArgument(f"{longest} tokens leave no room in a context of {self.max_model_len}")
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{self.max_waiting} requests are waiting already")
-        if len(request.samples) > self.max_running:
-            raise Overloaded(f"{len(request.samples)} samples exceed the {self.max_running} that may run at once")
-        group = Group(request)
+        group = Group(request, min(request.sampling.max_tokens, self.max_model_len - len(request.prompt)))
+        self._check_room(group)
         self.groups[request.request_id] = group
         self.waiting.extend(group.sequences)
+
+    def _check_room(self, group: Group) -> None:
+        """What could never run, however idle the engine, is refused; the prompt alone fits by its length."""
+        request = group.request
+        if group.sequences[0].slots > self.max_running:
+            raise Overloaded(f"{group.sequences[0].slots} samples exceed the {self.max_running} that may run at once")
+        if not group.beams:
+            return
+        if request.prefill_only:
+            raise InvalidArgument("a beam search computes its prompt where it decodes")
+        own = blocks_for(group.longest) + 1
+        if blocks_for(len(request.prompt)) + own * request.sampling.beam_width > self.pool.total:
+            raise Overloaded(f"{request.sampling.beam_width} beams of {group.longest} tokens do not fit the KV memory")
 
     def start(self, request_id: str, computed_tokens: int, exports: Collection[tuple[int, int]]) -> None:
         """See `engine.api.Engine.start`."""
@@ -116,7 +135,7 @@ class Scheduler:
         return bool(self.running) or (bool(self.waiting) and self._fits(self.waiting[0]))
 
     def samples(self, sequences: Collection[Sequence]) -> int:
-        return sum(len(sequence.samples) for sequence in sequences)
+        return sum(sequence.slots for sequence in sequences)
 
     # One iteration -----------------------------------------------------------------------------------------------
 
@@ -166,7 +185,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         alive = self.samples(self.running) + self.samples(self.loading.values())
-        if alive and alive + len(sequence.samples) > self.max_running:
+        if alive and alive + sequence.slots > self.max_running:
             return False
         hits = self._hits(sequence)
         needed = blocks_for(len(sequence.tokens)) - len(hits) + self.pool.free_among(hits)
@@ -197,9 +216,11 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
         """Sees that the next tokens have blocks of their own; False if the sequence itself had to give way."""
         while not self._writable(sequence, tokens, iteration):
-            victim = next(one for one in reversed(self.running) if one not in iteration.sequences)
+            victim = next((one for one in reversed(self.running) if not _in_use(one, iteration)), None)
+            if victim is None:
+                return False
             self._preempt(victim)
-            if victim is sequence:
+            if sequence not in self.running:
                 return False
         return True
 
@@ -218,10 +239,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
-        self.waiting.appendleft(sequence)
+        """A beam search gives way as a whole and starts anew: beams that wait for each other could wait for ever."""
+        group = sequence.group
+        for one in group.sequences if group.beams else [sequence]:
+            self.running.remove(one)
+            self.pool.release(one.blocks)
+            one.blocks, one.computed, one.published = [], 0, 0
+        self.waiting.appendleft(group.restart() if group.beams else sequence)
         self.preemptions += 1
 
     def _publish(self, sequence: Sequence) -> None:
@@ -252,11 +276,10 @@ class Scheduler:
         iteration.rows.append(Row(sequence.tokens[start : start + tokens], start, sequence.blocks, draws))
 
     def _draws(self, sequence: Sequence) -> Iterator[Draw]:
-        request = sequence.group.request
+        request, beams = sequence.group.request, sequence.group.beams
+        params = beams.draw_params if beams else request.sampling
         for sample in sequence.drawing:
-            yield Draw(
-                request.sampling, sample.index, len(sample.output), request.prompt, sample.output, request.request_id
-            )
+            yield Draw(params, sample.index, len(sample.output), request.prompt, sample.output, request.request_id)
 
     def _due_exports(self, sequence: Sequence) -> Iterator[Export]:
         group = sequence.group
@@ -265,6 +288,8 @@ class Scheduler:
             yield Export(group.request.request_id, tuple(sequence.blocks[: blocks_for(end)]), start, end)
 
     def _extend(self, sequence: Sequence, tokens: list[SampledToken]) -> list[TokenOutput]:
+        if sequence.group.beams:
+            return self._extend_beam(sequence, sequence.group.beams, tokens[0])
         outputs = [
             self._output(sequence.group, sample, token) for sample, token in zip(sequence.drawing, tokens, strict=True)
         ]
@@ -282,8 +307,7 @@ class Scheduler:
         request, offset = group.request, len(sample.output)
         sample.output.append(token.token_id)
         stopped = offset >= request.sampling.min_tokens and token.token_id in request.sampling.ending_token_ids
-        full = min(request.sampling.max_tokens, self.max_model_len - len(request.prompt))
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if len(sample.output) >= full else None
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if len(sample.output) >= group.longest else None
         return TokenOutput(
             request.request_id,
             sample.index,
@@ -294,6 +318,27 @@ class Scheduler:
             token.token_id if stopped else None,
             reason is not None or request.prefill_only,
         )
+
+    def _extend_beam(self, sequence: Sequence, search: BeamSearch, token: SampledToken) -> list[TokenOutput]:
+        """Once all beams know what may follow, the next ones fork off; the tokens come when the search is done."""
+        beams = sequence.group.sequences
+        sequence.likeliest = token.logprobs.top if token.logprobs else ()
+        if not all(beam.likeliest for beam in beams):
+            return []
+        search.advance([beam.likeliest for beam in beams])
+        children = [beams[beam.parent].follow(beam, number) for number, beam in enumerate(search.beams)]
+        for child in () if search.done else children:
+            self.pool.share(child.blocks)
+        self._succeed(sequence.group, [] if search.done else children)
+        return list(beam_outputs(sequence.group.request, search)) if search.done else []
+
+    def _succeed(self, group: Group, children: list[Sequence]) -> None:
+        """The next beams take the turn of those before them."""
+        parents, place = group.sequences, self.running.index(group.sequences[0])
+        group.sequences = children + parents
+        self.running[place:place] = children
+        for parent in parents:
+            self._retire(parent)
 
     def _fork(self, trunk: Sequence) -> None:
         children = [trunk.fork(sample) for sample in trunk.samples]

@@ -7,7 +7,8 @@ into one sequence a sample, which share the prompt's blocks::
     sample 0  [ shared full blocks | partly shared: copied on first write ][ own blocks ...
     sample 1  [ shared full blocks | partly shared: copied on first write ][ own blocks ...
 
-A trunk of a single sample never forks: it simply goes on.
+A trunk of a single sample never forks: it simply goes on. In a beam search the trunk forks into the beams, and from
+then on each step makes the next beams as forks of those before them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 from collections import deque
 
 from kvmesh.engine.api import EngineRequest, Sample
+from kvmesh.engine.beam import Beam, BeamSearch
 from kvmesh.kv.keys import chain
-from kvmesh.types import BLOCK_TOKENS
+from kvmesh.types import BLOCK_TOKENS, TokenLogprob
 
 
 class SampleState:
@@ -30,9 +32,12 @@ class SampleState:
 
 
 class Sequence:
-    """Tokens with a block table. KV of tokens [0, computed) is in `blocks`, whose first `published` have a hash."""
+    """Tokens with a block table. KV of tokens [0, computed) is in `blocks`, whose first `published` have a hash.
 
-    __slots__ = ("blocks", "computed", "group", "hashes", "published", "samples", "tokens")
+    `likeliest`: of a beam whose tokens are all computed, what may follow.
+    """
+
+    __slots__ = ("blocks", "computed", "group", "hashes", "likeliest", "published", "samples", "tokens")
 
     def __init__(self, group: Group, samples: list[SampleState], tokens: list[int]) -> None:
         self.group = group
@@ -42,6 +47,13 @@ class Sequence:
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
         self.published = 0
+        self.likeliest: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Samples or beams that it stands for."""
+        is_trunk = len(self.group.sequences) == 1
+        return self.group.request.sampling.beam_width if self.group.beams and is_trunk else len(self.samples)
 
     @property
     def pending(self) -> int:
@@ -76,17 +88,35 @@ class Sequence:
         child.hashes, child.published = list(self.hashes), self.published
         return child
 
+    def follow(self, beam: Beam, number: int) -> Sequence:
+        """The beam of that number, which goes on from this one; the caller takes the references."""
+        return self.fork(SampleState(Sample(number, tuple(token.token_id for token in beam.tokens))))
+
 
 class Group:
-    """One request: its live sequences, and the exports that are still due."""
+    """One request: its live sequences, and the exports that are still due. `beams`: its beam search, if it is one."""
 
-    __slots__ = ("admitted", "computing", "exports", "request", "sequences")
+    __slots__ = ("admitted", "beams", "computing", "exports", "longest", "request", "sequences")
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, longest: int) -> None:
         self.request = request
-        samples = [SampleState(sample) for sample in request.samples]
-        resumed = samples[0].output if len(samples) == 1 else []
-        self.sequences = [Sequence(self, samples, [*request.prompt, *resumed])]
+        self.longest = longest
+        self.beams: BeamSearch | None = None
+        self.sequences = [self._beam_trunk() if request.sampling.beam_width else self._trunk()]
         self.exports: deque[tuple[int, int]] = deque()
         self.admitted = False
         self.computing = False
+
+    def restart(self) -> Sequence:
+        """Begins a beam search anew: it holds no block any more."""
+        self.sequences = [self._beam_trunk()]
+        return self.sequences[0]
+
+    def _trunk(self) -> Sequence:
+        samples = [SampleState(sample) for sample in self.request.samples]
+        resumed = samples[0].output if len(samples) == 1 else []
+        return Sequence(self, samples, [*self.request.prompt, *resumed])
+
+    def _beam_trunk(self) -> Sequence:
+        self.beams = BeamSearch(self.request.sampling, self.longest)
+        return Sequence(self, [SampleState(Sample(0))], list(self.request.prompt))

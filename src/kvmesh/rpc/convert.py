@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import (
+    TENANT_BYTES,
     ChunkRef,
     ChunkSource,
     FinishReason,
@@ -123,6 +124,10 @@ def sampling_to_proto(params: SamplingParams) -> tuple[pb.SamplingParameters, pb
         logit_bias=params.logit_bias,
         seed=params.seed,
         n=params.n,
+        best_of=params.best_of,
+        beam_width=params.beam_width,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
     )
     if params.grammar:
         setattr(sampling, params.grammar.kind, params.grammar.text)
@@ -165,6 +170,10 @@ def sampling_from_proto(
         stop_token_ids=frozenset(stopping.stop_token_ids),
         eos_token_ids=frozenset(eos_token_ids),
         grammar=_grammar_from_proto(sampling),
+        best_of=sampling.best_of,
+        beam_width=sampling.beam_width,
+        length_penalty=value("length_penalty", 1.0),
+        early_stopping=sampling.early_stopping,
     )
 
 
@@ -256,10 +265,15 @@ def statistics_to_proto(statistics: WorkerStatistics) -> pb.WorkerStatistics:
 
 
 def statistics_from_proto(statistics: pb.WorkerStatistics) -> WorkerStatistics:
-    scalars = {name: getattr(statistics, name) for name in _STATISTICS if name != "integrity_errors"}
-    return WorkerStatistics(**scalars, integrity_errors=list(statistics.integrity_errors))
+    scalars = {name: getattr(statistics, name) for name in _STATISTICS if name not in _STATISTICS_IN_BULK}
+    return WorkerStatistics(
+        **scalars,
+        integrity_errors=list(statistics.integrity_errors),
+        chunks_by_quality=dict(statistics.chunks_by_quality),
+    )
 
 
 # Same names on both sides; the tests hold them to it.
 _CAPACITY = tuple(WorkerCapacity.__dataclass_fields__)
 _STATISTICS = tuple(WorkerStatistics.__dataclass_fields__)
+_STATISTICS_IN_BULK = ("integrity_errors", "chunks_by_quality")

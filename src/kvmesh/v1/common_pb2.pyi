@@ -116,6 +116,10 @@ class SamplingParameters(_message.Message):
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     LARK_FIELD_NUMBER: _builtins.int
+    BEST_OF_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """>= 0; 0 is greedy. Default 1."""
     top_p: _builtins.float
@@ -140,6 +144,24 @@ class SamplingParameters(_message.Message):
     """A regular expression, without anchors."""
     lark: _builtins.str
     """A context-free grammar in Lark's syntax, from its rule `start`."""
+    best_of: _builtins.int
+    """Draw this many samples and return the n with the highest mean
+    log-probability of their tokens; they come when all have ended, best
+    first. >= n. Default: n.
+    """
+    beam_width: _builtins.int
+    """Beam search of this many beams, from 2 to 32; the n best hypotheses come
+    when it has ended, best first. Temperature, top_p, top_k, min_p and seed
+    have no effect. Default: none.
+    """
+    length_penalty: _builtins.float
+    """Of beam search: hypotheses are scored by the sum of log-probabilities over
+    length ^ length_penalty. In [-10, 10]. Default 1.
+    """
+    early_stopping: _builtins.bool
+    """Of beam search: end with beam_width hypotheses, whether or not a running
+    beam could still be better. Default false.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logit of a token id; each in [-100, 100]."""
@@ -160,13 +182,25 @@ class SamplingParameters(_message.Message):
         json_schema: _builtins.str = ...,
         regex: _builtins.str = ...,
         lark: _builtins.str = ...,
+        best_of: _builtins.int | None = ...,
+        beam_width: _builtins.int | None = ...,
+        length_penalty: _builtins.float | None = ...,
+        early_stopping: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_width", b"_beam_width", "_best_of", b"_best_of", "_early_stopping", b"_early_stopping", "_frequency_penalty", b"_frequency_penalty", "_length_penalty", b"_length_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "beam_width", b"beam_width", "best_of", b"best_of", "early_stopping", b"early_stopping", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "length_penalty", b"length_penalty", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_width", b"_beam_width", "_best_of", b"_best_of", "_early_stopping", b"_early_stopping", "_frequency_penalty", b"_frequency_penalty", "_length_penalty", b"_length_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "beam_width", b"beam_width", "best_of", b"best_of", "early_stopping", b"early_stopping", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beam_width: _TypeAlias = _typing.Literal["beam_width"]  # noqa: Y015
+    _WhichOneofArgType__beam_width: _TypeAlias = _typing.Literal["_beam_width", b"_beam_width"]  # noqa: Y015
+    _WhichOneofReturnType__best_of: _TypeAlias = _typing.Literal["best_of"]  # noqa: Y015
+    _WhichOneofArgType__best_of: _TypeAlias = _typing.Literal["_best_of", b"_best_of"]  # noqa: Y015
+    _WhichOneofReturnType__early_stopping: _TypeAlias = _typing.Literal["early_stopping"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping: _TypeAlias = _typing.Literal["_early_stopping", b"_early_stopping"]  # noqa: Y015
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
+    _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
@@ -186,7 +220,15 @@ class SamplingParameters(_message.Message):
     _WhichOneofReturnType_grammar: _TypeAlias = _typing.Literal["json_schema", "regex", "lark"]  # noqa: Y015
     _WhichOneofArgType_grammar: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_width) -> _WhichOneofReturnType__beam_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_of) -> _WhichOneofReturnType__best_of | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping) -> _WhichOneofReturnType__early_stopping | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_penalty) -> _WhichOneofReturnType__length_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
@@ -534,11 +576,33 @@ class Usage(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ChunksByQualityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFERRED_TOKENS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_BY_QUALITY_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     """All samples together."""
@@ -548,6 +612,12 @@ class Usage(_message.Message):
     """Prompt tokens whose KV travelled to the decode worker."""
     recomputed_tokens: _builtins.int
     """Prompt or output tokens whose KV the decode worker computed itself."""
+    fetched_bytes: _builtins.int
+    """Bytes of bitstreams that prefill and decode worker fetched."""
+    @_builtins.property
+    def chunks_by_quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Chunks that they fetched, by codec and quality layers, as in "transform/2"."""
+
     def __init__(
         self,
         *,
@@ -556,10 +626,12 @@ class Usage(_message.Message):
         cached_tokens: _builtins.int = ...,
         transferred_tokens: _builtins.int = ...,
         recomputed_tokens: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
+        chunks_by_quality: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "transferred_tokens", b"transferred_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "chunks_by_quality", b"chunks_by_quality", "completion_tokens", b"completion_tokens", "fetched_bytes", b"fetched_bytes", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "transferred_tokens", b"transferred_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,6 +805,12 @@ class WorkerStatistics(_message.Message):
     INTEGRITY_ERRORS_FIELD_NUMBER: _builtins.int
     RAW_BYTES_FIELD_NUMBER: _builtins.int
     CHUNKS_BY_QUALITY_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    FETCHED_RAW_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    PUBLISHED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    PUBLISHED_RAW_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    MISSED_CHUNKS_TOTAL_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     blocks_total: _builtins.int
@@ -754,6 +832,19 @@ class WorkerStatistics(_message.Message):
     """Draining: takes no new work."""
     raw_bytes: _builtins.int
     """What the stored chunks would take raw."""
+    fetched_bytes_total: _builtins.int
+    """Bitstreams that this worker fetched from stores and put into them, in
+    bytes, and what the same KV would have been raw.
+    """
+    fetched_raw_bytes_total: _builtins.int
+    published_bytes_total: _builtins.int
+    published_raw_bytes_total: _builtins.int
+    missed_chunks_total: _builtins.int
+    """Chunks that could not be fetched or used."""
+    recomputed_tokens_total: _builtins.int
+    """Prompt tokens that were computed though they were stored, because that was
+    faster or because a chunk was missed.
+    """
     @_builtins.property
     def integrity_errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What check_integrity() found; empty is good. Filled on request."""
@@ -786,14 +877,97 @@ class WorkerStatistics(_message.Message):
         integrity_errors: _abc.Iterable[_builtins.str] | None = ...,
         raw_bytes: _builtins.int = ...,
         chunks_by_quality: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        fetched_bytes_total: _builtins.int = ...,
+        fetched_raw_bytes_total: _builtins.int = ...,
+        published_bytes_total: _builtins.int = ...,
+        published_raw_bytes_total: _builtins.int = ...,
+        missed_chunks_total: _builtins.int = ...,
+        recomputed_tokens_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "misses_total", b"misses_total", "preemptions_total", b"preemptions_total", "raw_bytes", b"raw_bytes", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "fetched_bytes_total", b"fetched_bytes_total", "fetched_raw_bytes_total", b"fetched_raw_bytes_total", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "missed_chunks_total", b"missed_chunks_total", "misses_total", b"misses_total", "preemptions_total", b"preemptions_total", "published_bytes_total", b"published_bytes_total", "published_raw_bytes_total", b"published_raw_bytes_total", "raw_bytes", b"raw_bytes", "recomputed_tokens_total", b"recomputed_tokens_total", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatistics: _TypeAlias = WorkerStatistics  # noqa: Y015
+
+@_typing.final
+class KvFetched(_message.Message):
+    """What a worker fetched of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ChunksByQualityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_BY_QUALITY_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    link_bytes_per_second: _builtins.float
+    """What the slowest link to a source carries, in bytes per second; 0 if it was
+    not measured, as on one host.
+    """
+    @_builtins.property
+    def chunks_by_quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        chunks_by_quality: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        link_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "chunks_by_quality", b"chunks_by_quality", "link_bytes_per_second", b"link_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvFetched: _TypeAlias = KvFetched  # noqa: Y015
+
+@_typing.final
+class Readers(_message.Message):
+    """The links over which what is published will be read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOTE_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    remote: _builtins.bool
+    """Some reader is on another host than some store."""
+    bytes_per_second: _builtins.float
+    """Of the slowest link measured; 0 if none was."""
+    def __init__(
+        self,
+        *,
+        remote: _builtins.bool = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "remote", b"remote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Readers: _TypeAlias = Readers  # noqa: Y015
 
 @_typing.final
 class GetWorkerInfoRequest(_message.Message):

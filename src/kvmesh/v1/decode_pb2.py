@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvmesh.v1 import common_pb2 as kvmesh_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvmesh/v1/decode.proto\x12\tkvmesh.v1\x1a\x16kvmesh/v1/common.proto\"0\n\x0c\x44\x65\x63odeSample\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xe1\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12(\n\x07samples\x18\x05 \x03(\x0b\x32\x17.kvmesh.v1.DecodeSample\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.kvmesh.v1.SamplingParameters\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.kvmesh.v1.StoppingParameters\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12#\n\x06ticket\x18\t \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x12\n\ncache_salt\x18\x0b \x01(\tB\x0b\n\t_logprobs\"\xa3\x01\n\rDecodeStarted\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x02 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\x12\x18\n\x10recompute_reason\x18\x06 \x01(\t\"t\n\x0e\x44\x65\x63odeResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.DecodeStartedH\x00\x88\x01\x01\x12&\n\x07samples\x18\x02 \x03(\x0b\x32\x15.kvmesh.v1.TokenBatchB\n\n\x08_started\"(\n\x12\x41\x62ortDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x13\x41\x62ortDecodeResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\x32\x9e\x01\n\rDecodeService\x12?\n\x06\x44\x65\x63ode\x12\x18.kvmesh.v1.DecodeRequest\x1a\x19.kvmesh.v1.DecodeResponse0\x01\x12L\n\x0b\x41\x62ortDecode\x12\x1d.kvmesh.v1.AbortDecodeRequest\x1a\x1e.kvmesh.v1.AbortDecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvmesh/v1/decode.proto\x12\tkvmesh.v1\x1a\x16kvmesh/v1/common.proto\"0\n\x0c\x44\x65\x63odeSample\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x9b\x03\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12(\n\x07samples\x18\x05 \x03(\x0b\x32\x17.kvmesh.v1.DecodeSample\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.kvmesh.v1.SamplingParameters\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.kvmesh.v1.StoppingParameters\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12#\n\x06ticket\x18\t \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12 \n\x13ttft_budget_seconds\x18\x14 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x16\n\x14_ttft_budget_seconds\"\xca\x01\n\rDecodeStarted\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x02 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\x12\x18\n\x10recompute_reason\x18\x06 \x01(\t\x12%\n\x07\x66\x65tched\x18\x14 \x01(\x0b\x32\x14.kvmesh.v1.KvFetched\"t\n\x0e\x44\x65\x63odeResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.DecodeStartedH\x00\x88\x01\x01\x12&\n\x07samples\x18\x02 \x03(\x0b\x32\x15.kvmesh.v1.TokenBatchB\n\n\x08_started\"(\n\x12\x41\x62ortDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x13\x41\x62ortDecodeResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\x32\x9e\x01\n\rDecodeService\x12?\n\x06\x44\x65\x63ode\x12\x18.kvmesh.v1.DecodeRequest\x1a\x19.kvmesh.v1.DecodeResponse0\x01\x12L\n\x0b\x41\x62ortDecode\x12\x1d.kvmesh.v1.AbortDecodeRequest\x1a\x1e.kvmesh.v1.AbortDecodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODESAMPLE']._serialized_start=61
   _globals['_DECODESAMPLE']._serialized_end=109
   _globals['_DECODEREQUEST']._serialized_start=112
-  _globals['_DECODEREQUEST']._serialized_end=465
-  _globals['_DECODESTARTED']._serialized_start=468
-  _globals['_DECODESTARTED']._serialized_end=631
-  _globals['_DECODERESPONSE']._serialized_start=633
-  _globals['_DECODERESPONSE']._serialized_end=749
-  _globals['_ABORTDECODEREQUEST']._serialized_start=751
-  _globals['_ABORTDECODEREQUEST']._serialized_end=791
-  _globals['_ABORTDECODERESPONSE']._serialized_start=793
-  _globals['_ABORTDECODERESPONSE']._serialized_end=831
-  _globals['_DECODESERVICE']._serialized_start=834
-  _globals['_DECODESERVICE']._serialized_end=992
+  _globals['_DECODEREQUEST']._serialized_end=523
+  _globals['_DECODESTARTED']._serialized_start=526
+  _globals['_DECODESTARTED']._serialized_end=728
+  _globals['_DECODERESPONSE']._serialized_start=730
+  _globals['_DECODERESPONSE']._serialized_end=846
+  _globals['_ABORTDECODEREQUEST']._serialized_start=848
+  _globals['_ABORTDECODEREQUEST']._serialized_end=888
+  _globals['_ABORTDECODERESPONSE']._serialized_start=890
+  _globals['_ABORTDECODERESPONSE']._serialized_end=928
+  _globals['_DECODESERVICE']._serialized_start=931
+  _globals['_DECODESERVICE']._serialized_end=1089
 # @@protoc_insertion_point(module_scope)

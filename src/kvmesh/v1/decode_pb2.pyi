@@ -64,12 +64,15 @@ class DecodeRequest(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TTFT_BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     fingerprint: _builtins.str
     """Must equal the worker's."""
     logprobs: _builtins.int
     cache_salt: _builtins.str
+    ttft_budget_seconds: _builtins.float
+    """Time left until the first token is due, in seconds; absent: no limit."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -106,14 +109,20 @@ class DecodeRequest(_message.Message):
         ticket: _common_pb2.KvTicket | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_salt: _builtins.str = ...,
+        ttft_budget_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_ttft_budget_seconds", b"_ttft_budget_seconds", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket", "ttft_budget_seconds", b"ttft_budget_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "cache_salt", b"cache_salt", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "logprobs", b"logprobs", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_ttft_budget_seconds", b"_ttft_budget_seconds", "cache_salt", b"cache_salt", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "logprobs", b"logprobs", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket", "ttft_budget_seconds", b"ttft_budget_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_budget_seconds: _TypeAlias = _typing.Literal["ttft_budget_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttft_budget_seconds: _TypeAlias = _typing.Literal["_ttft_budget_seconds", b"_ttft_budget_seconds"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_budget_seconds) -> _WhichOneofReturnType__ttft_budget_seconds | None: ...
 
 Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 
@@ -129,6 +138,7 @@ class DecodeStarted(_message.Message):
     FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     RECOMPUTE_REASON_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     transfer_seconds: _builtins.float
     local_tokens: _builtins.int
@@ -137,6 +147,8 @@ class DecodeStarted(_message.Message):
     recomputed_tokens: _builtins.int
     recompute_reason: _builtins.str
     """Why tokens are recomputed; empty if none are."""
+    @_builtins.property
+    def fetched(self) -> _common_pb2.KvFetched: ...
     def __init__(
         self,
         *,
@@ -146,10 +158,11 @@ class DecodeStarted(_message.Message):
         fetched_tokens: _builtins.int = ...,
         recomputed_tokens: _builtins.int = ...,
         recompute_reason: _builtins.str = ...,
+        fetched: _common_pb2.KvFetched | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetched", b"fetched"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched_tokens", b"fetched_tokens", "local_tokens", b"local_tokens", "queue_seconds", b"queue_seconds", "recompute_reason", b"recompute_reason", "recomputed_tokens", b"recomputed_tokens", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched", b"fetched", "fetched_tokens", b"fetched_tokens", "local_tokens", b"local_tokens", "queue_seconds", b"queue_seconds", "recompute_reason", b"recompute_reason", "recomputed_tokens", b"recomputed_tokens", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

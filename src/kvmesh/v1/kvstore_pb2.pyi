@@ -51,6 +51,26 @@ CHUNK_STATUS_FULL: ChunkStatus.ValueType  # 5
 """Every byte of the budget is leased, or the chunk is larger than the budget."""
 Global___ChunkStatus: _TypeAlias = ChunkStatus  # noqa: Y015
 
+class _ChunkTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChunkTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChunkTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHUNK_TIER_UNSPECIFIED: _ChunkTier.ValueType  # 0
+    CHUNK_TIER_MEMORY: _ChunkTier.ValueType  # 1
+    CHUNK_TIER_DISK: _ChunkTier.ValueType  # 2
+    CHUNK_TIER_REMOTE: _ChunkTier.ValueType  # 3
+
+class ChunkTier(_ChunkTier, metaclass=_ChunkTierEnumTypeWrapper):
+    """Where a chunk lies."""
+
+CHUNK_TIER_UNSPECIFIED: ChunkTier.ValueType  # 0
+CHUNK_TIER_MEMORY: ChunkTier.ValueType  # 1
+CHUNK_TIER_DISK: ChunkTier.ValueType  # 2
+CHUNK_TIER_REMOTE: ChunkTier.ValueType  # 3
+Global___ChunkTier: _TypeAlias = ChunkTier  # noqa: Y015
+
 class _ChunkEventType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -138,6 +158,7 @@ class PutChunkHeader(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     PARENT_KEY_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     fingerprint: _builtins.str
     """Namespace of the chunk; the store keeps the namespaces apart."""
@@ -149,6 +170,8 @@ class PutChunkHeader(_message.Message):
     """
     tail: _builtins.bool
     """A tail: belongs to the lease and goes with it."""
+    tenant: _builtins.bytes
+    """KvTicket.tenant: whose quota the chunk counts against."""
     def __init__(
         self,
         *,
@@ -157,10 +180,11 @@ class PutChunkHeader(_message.Message):
         size: _builtins.int = ...,
         parent_key: _builtins.bytes = ...,
         tail: _builtins.bool = ...,
+        tenant: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "key", b"key", "parent_key", b"parent_key", "size", b"size", "tail", b"tail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "key", b"key", "parent_key", b"parent_key", "size", b"size", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,16 +274,20 @@ class GetChunksRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    QUALITY_LAYERS_FIELD_NUMBER: _builtins.int
+    quality_layers: _builtins.int
+    """Only this many quality layers of each chunk, or as many as it has; 0 is all."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        quality_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "quality_layers", b"quality_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,19 +302,32 @@ class GetChunkHeader(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    LAYER_ENDS_FIELD_NUMBER: _builtins.int
+    CODEC_ID_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     status: Global___ChunkStatus.ValueType
     size: _builtins.int
+    """Bytes that follow: a prefix of the bitstream if not all layers were asked."""
+    codec_id: _builtins.int
+    """The codec's id in the bitstream."""
+    @_builtins.property
+    def layer_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where each quality layer ends, in bytes of the bitstream: a prefix that ends
+        there decodes. The last is the size of the whole.
+        """
+
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         status: Global___ChunkStatus.ValueType = ...,
         size: _builtins.int = ...,
+        layer_ends: _abc.Iterable[_builtins.int] | None = ...,
+        codec_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "size", b"size", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_id", b"codec_id", "key", b"key", "layer_ends", b"layer_ends", "size", b"size", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,6 +357,92 @@ class GetChunksResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___GetChunksResponse: _TypeAlias = GetChunksResponse  # noqa: Y015
+
+@_typing.final
+class StatChunksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """32 bytes each, at most GetCapabilities.max_keys."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatChunksRequest: _TypeAlias = StatChunksRequest  # noqa: Y015
+
+@_typing.final
+class ChunkStat(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    LAYER_ENDS_FIELD_NUMBER: _builtins.int
+    CODEC_ID_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    present: _builtins.bool
+    size: _builtins.int
+    """Of the whole bitstream, in bytes."""
+    codec_id: _builtins.int
+    tier: Global___ChunkTier.ValueType
+    leases: _builtins.int
+    """Leases that pin it."""
+    @_builtins.property
+    def layer_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in GetChunkHeader."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        present: _builtins.bool = ...,
+        size: _builtins.int = ...,
+        layer_ends: _abc.Iterable[_builtins.int] | None = ...,
+        codec_id: _builtins.int = ...,
+        tier: Global___ChunkTier.ValueType = ...,
+        leases: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_id", b"codec_id", "key", b"key", "layer_ends", b"layer_ends", "leases", b"leases", "present", b"present", "size", b"size", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChunkStat: _TypeAlias = ChunkStat  # noqa: Y015
+
+@_typing.final
+class StatChunksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkStat]:
+        """One for each key, in the order asked."""
+
+    def __init__(
+        self,
+        *,
+        chunks: _abc.Iterable[Global___ChunkStat] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatChunksResponse: _TypeAlias = StatChunksResponse  # noqa: Y015
 
 @_typing.final
 class AcquireLeaseRequest(_message.Message):
@@ -541,3 +668,393 @@ class GetCapabilitiesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCapabilitiesResponse: _TypeAlias = GetCapabilitiesResponse  # noqa: Y015
+
+@_typing.final
+class GetTiersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTiersRequest: _TypeAlias = GetTiersRequest  # noqa: Y015
+
+@_typing.final
+class TierReading(_message.Message):
+    """One tier since the start of the process; bytes of bitstreams."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    tier: Global___ChunkTier.ValueType
+    budget_bytes: _builtins.int
+    used_bytes: _builtins.int
+    chunks: _builtins.int
+    hits: _builtins.int
+    """Reads that found their chunk here."""
+    admissions: _builtins.int
+    """Chunks let in, and chunks that left for good to make room."""
+    evictions: _builtins.int
+    errors: _builtins.int
+    """Reads and writes that failed or were too slow."""
+    def __init__(
+        self,
+        *,
+        tier: Global___ChunkTier.ValueType = ...,
+        budget_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        chunks: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        admissions: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        errors: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "budget_bytes", b"budget_bytes", "chunks", b"chunks", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "tier", b"tier", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierReading: _TypeAlias = TierReading  # noqa: Y015
+
+@_typing.final
+class TenantReading(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.bytes
+    """16 bytes; empty for chunks without a salt."""
+    chunks: _builtins.int
+    used_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.bytes = ...,
+        chunks: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "tenant", b"tenant", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantReading: _TypeAlias = TenantReading  # noqa: Y015
+
+@_typing.final
+class GetTiersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ChunksByQualityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    TENANT_QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_BY_QUALITY_FIELD_NUMBER: _builtins.int
+    tenant_quota_bytes: _builtins.int
+    """Bytes that a tenant may have; 0 is no limit."""
+    hits: _builtins.int
+    misses: _builtins.int
+    damaged: _builtins.int
+    raw_bytes: _builtins.int
+    """What the chunks in memory and on disk would take raw."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierReading]: ...
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantReading]:
+        """The largest ones, at most 256."""
+
+    @_builtins.property
+    def chunks_by_quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Chunks by codec and quality layers."""
+
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierReading] | None = ...,
+        tenants: _abc.Iterable[Global___TenantReading] | None = ...,
+        tenant_quota_bytes: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        damaged: _builtins.int = ...,
+        raw_bytes: _builtins.int = ...,
+        chunks_by_quality: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks_by_quality", b"chunks_by_quality", "damaged", b"damaged", "hits", b"hits", "misses", b"misses", "raw_bytes", b"raw_bytes", "tenant_quota_bytes", b"tenant_quota_bytes", "tenants", b"tenants", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTiersResponse: _TypeAlias = GetTiersResponse  # noqa: Y015
+
+@_typing.final
+class ChunkFilter(_message.Message):
+    """Which chunks; all conditions together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    KEY_PREFIX_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_PREFIX_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    key_prefix: _builtins.str
+    """Begins the key, in hexadecimal digits."""
+    fingerprint_prefix: _builtins.str
+    """Begins the fingerprint."""
+    tenant: _builtins.bytes
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Any of these; empty is all."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        key_prefix: _builtins.str = ...,
+        fingerprint_prefix: _builtins.str = ...,
+        tenant: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "fingerprint_prefix", b"fingerprint_prefix", "key_prefix", b"key_prefix", "keys", b"keys", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ChunkFilter: _TypeAlias = ChunkFilter  # noqa: Y015
+
+@_typing.final
+class ListChunksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """At most so many, the longest unused first; 0 is all."""
+    @_builtins.property
+    def filter(self) -> Global___ChunkFilter: ...
+    def __init__(
+        self,
+        *,
+        filter: Global___ChunkFilter | None = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChunksRequest: _TypeAlias = ListChunksRequest  # noqa: Y015
+
+@_typing.final
+class StoredChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    PARENT_KEY_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    RAW_SIZE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    CODEC_ID_FIELD_NUMBER: _builtins.int
+    QUALITY_LAYERS_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
+    TAIL_FIELD_NUMBER: _builtins.int
+    HOT_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    parent_key: _builtins.bytes
+    fingerprint: _builtins.str
+    tenant: _builtins.bytes
+    size: _builtins.int
+    raw_size: _builtins.int
+    tier: Global___ChunkTier.ValueType
+    codec_id: _builtins.int
+    quality_layers: _builtins.int
+    leases: _builtins.int
+    tail: _builtins.bool
+    hot: _builtins.bool
+    """Seen by more than one request."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        parent_key: _builtins.bytes = ...,
+        fingerprint: _builtins.str = ...,
+        tenant: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        raw_size: _builtins.int = ...,
+        tier: Global___ChunkTier.ValueType = ...,
+        codec_id: _builtins.int = ...,
+        quality_layers: _builtins.int = ...,
+        leases: _builtins.int = ...,
+        tail: _builtins.bool = ...,
+        hot: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_id", b"codec_id", "fingerprint", b"fingerprint", "hot", b"hot", "key", b"key", "leases", b"leases", "parent_key", b"parent_key", "quality_layers", b"quality_layers", "raw_size", b"raw_size", "size", b"size", "tail", b"tail", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredChunk: _TypeAlias = StoredChunk  # noqa: Y015
+
+@_typing.final
+class ListChunksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredChunk]: ...
+    def __init__(
+        self,
+        *,
+        chunks: _abc.Iterable[Global___StoredChunk] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChunksResponse: _TypeAlias = ListChunksResponse  # noqa: Y015
+
+@_typing.final
+class VerifyChunksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def filter(self) -> Global___ChunkFilter: ...
+    def __init__(
+        self,
+        *,
+        filter: Global___ChunkFilter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyChunksRequest: _TypeAlias = VerifyChunksRequest  # noqa: Y015
+
+@_typing.final
+class VerifyChunksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERIFIED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    DAMAGED_KEYS_FIELD_NUMBER: _builtins.int
+    verified: _builtins.int
+    total: _builtins.int
+    @_builtins.property
+    def damaged_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Found damaged since the last message, and dropped."""
+
+    def __init__(
+        self,
+        *,
+        verified: _builtins.int = ...,
+        total: _builtins.int = ...,
+        damaged_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["damaged_keys", b"damaged_keys", "total", b"total", "verified", b"verified"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyChunksResponse: _TypeAlias = VerifyChunksResponse  # noqa: Y015
+
+@_typing.final
+class EvictChunksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    all: _builtins.bool
+    @_builtins.property
+    def filter(self) -> Global___ChunkFilter:
+        """Must not be empty unless `all` is set."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___ChunkFilter | None = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictChunksRequest: _TypeAlias = EvictChunksRequest  # noqa: Y015
+
+@_typing.final
+class EvictChunksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVICTED_FIELD_NUMBER: _builtins.int
+    EVICTED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_KEYS_FIELD_NUMBER: _builtins.int
+    evicted: _builtins.int
+    evicted_bytes: _builtins.int
+    @_builtins.property
+    def kept_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Leased, being read, or prefixes of such chunks: they stay."""
+
+    def __init__(
+        self,
+        *,
+        evicted: _builtins.int = ...,
+        evicted_bytes: _builtins.int = ...,
+        kept_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "evicted_bytes", b"evicted_bytes", "kept_keys", b"kept_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictChunksResponse: _TypeAlias = EvictChunksResponse  # noqa: Y015

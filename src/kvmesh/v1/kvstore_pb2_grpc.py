@@ -40,6 +40,11 @@ class KvStoreServiceStub(object):
                 request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksResponse.FromString,
                 _registered_method=True)
+        self.StatChunks = channel.unary_unary(
+                '/kvmesh.v1.KvStoreService/StatChunks',
+                request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.StatChunksRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.StatChunksResponse.FromString,
+                _registered_method=True)
         self.PutChunks = channel.stream_unary(
                 '/kvmesh.v1.KvStoreService/PutChunks',
                 request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.PutChunksRequest.SerializeToString,
@@ -83,6 +88,16 @@ class KvStoreServiceServicer(object):
         Errors:
         * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
         * NOT_FOUND: the lease does not exist or has expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StatChunks(self, request, context):
+        """What is known of these chunks. Changes nothing: none is touched or pinned.
+
+        Errors:
+        * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +174,11 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksResponse.SerializeToString,
             ),
+            'StatChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.StatChunks,
+                    request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.StatChunksRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.StatChunksResponse.SerializeToString,
+            ),
             'PutChunks': grpc.stream_unary_rpc_method_handler(
                     servicer.PutChunks,
                     request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.PutChunksRequest.FromString,
@@ -218,6 +238,33 @@ class KvStoreService(object):
             '/kvmesh.v1.KvStoreService/FindMissingChunks',
             kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksRequest.SerializeToString,
             kvmesh_dot_v1_dot_kvstore__pb2.FindMissingChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StatChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.KvStoreService/StatChunks',
+            kvmesh_dot_v1_dot_kvstore__pb2.StatChunksRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvstore__pb2.StatChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -380,6 +427,225 @@ class KvStoreService(object):
             '/kvmesh.v1.KvStoreService/GetCapabilities',
             kvmesh_dot_v1_dot_kvstore__pb2.GetCapabilitiesRequest.SerializeToString,
             kvmesh_dot_v1_dot_kvstore__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class StoreAdminServiceStub(object):
+    """What operators need of a store.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetTiers = channel.unary_unary(
+                '/kvmesh.v1.StoreAdminService/GetTiers',
+                request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.GetTiersRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.GetTiersResponse.FromString,
+                _registered_method=True)
+        self.ListChunks = channel.unary_stream(
+                '/kvmesh.v1.StoreAdminService/ListChunks',
+                request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.ListChunksRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.ListChunksResponse.FromString,
+                _registered_method=True)
+        self.VerifyChunks = channel.unary_stream(
+                '/kvmesh.v1.StoreAdminService/VerifyChunks',
+                request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksResponse.FromString,
+                _registered_method=True)
+        self.EvictChunks = channel.unary_unary(
+                '/kvmesh.v1.StoreAdminService/EvictChunks',
+                request_serializer=kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksResponse.FromString,
+                _registered_method=True)
+
+
+class StoreAdminServiceServicer(object):
+    """What operators need of a store.
+    """
+
+    def GetTiers(self, request, context):
+        """Tiers, tenants and codecs at this moment.
+
+        Errors: none of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListChunks(self, request, context):
+        """Streams what is stored in memory and on disk.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyChunks(self, request, context):
+        """Reads every chunk, checks header and checksums, and drops what is damaged.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictChunks(self, request, context):
+        """Drops chunks, continuations before their prefixes. Leased ones stay.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter, or an empty one without `all`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_StoreAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetTiers': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTiers,
+                    request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.GetTiersRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.GetTiersResponse.SerializeToString,
+            ),
+            'ListChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListChunks,
+                    request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.ListChunksRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.ListChunksResponse.SerializeToString,
+            ),
+            'VerifyChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyChunks,
+                    request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksResponse.SerializeToString,
+            ),
+            'EvictChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictChunks,
+                    request_deserializer=kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvmesh.v1.StoreAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvmesh.v1.StoreAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class StoreAdminService(object):
+    """What operators need of a store.
+    """
+
+    @staticmethod
+    def GetTiers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.StoreAdminService/GetTiers',
+            kvmesh_dot_v1_dot_kvstore__pb2.GetTiersRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvstore__pb2.GetTiersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvmesh.v1.StoreAdminService/ListChunks',
+            kvmesh_dot_v1_dot_kvstore__pb2.ListChunksRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvstore__pb2.ListChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvmesh.v1.StoreAdminService/VerifyChunks',
+            kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvstore__pb2.VerifyChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.StoreAdminService/EvictChunks',
+            kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvstore__pb2.EvictChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class KvStoreServiceStub:
     * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
     * NOT_FOUND: the lease does not exist or has expired.
     """
+    StatChunks: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.StatChunksRequest, _kvstore_pb2.StatChunksResponse]
+    """What is known of these chunks. Changes nothing: none is touched or pinned.
+
+    Errors:
+    * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
+    """
     PutChunks: _grpc.StreamUnaryMultiCallable[_kvstore_pb2.PutChunksRequest, _kvstore_pb2.PutChunksResponse]
     """Stores chunks. A chunk is visible only once it is whole and its checksum
     holds; what becomes of each is said in the results.
@@ -93,6 +99,12 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     Errors:
     * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
     * NOT_FOUND: the lease does not exist or has expired.
+    """
+    StatChunks: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.StatChunksRequest, _kvstore_pb2.StatChunksResponse]  # type: ignore[assignment]
+    """What is known of these chunks. Changes nothing: none is touched or pinned.
+
+    Errors:
+    * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
     """
     PutChunks: _aio.StreamUnaryMultiCallable[_kvstore_pb2.PutChunksRequest, _kvstore_pb2.PutChunksResponse]  # type: ignore[assignment]
     """Stores chunks. A chunk is visible only once it is whole and its checksum
@@ -149,6 +161,18 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
         * NOT_FOUND: the lease does not exist or has expired.
+        """
+
+    @_abc_1.abstractmethod
+    def StatChunks(
+        self,
+        request: _kvstore_pb2.StatChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.StatChunksResponse, _abc.Awaitable[_kvstore_pb2.StatChunksResponse]]:
+        """What is known of these chunks. Changes nothing: none is touched or pinned.
+
+        Errors:
+        * INVALID_ARGUMENT: a key that is not 32 bytes, or too many.
         """
 
     @_abc_1.abstractmethod
@@ -227,6 +251,118 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_KvStoreServiceServicer_to_server(servicer: KvStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class StoreAdminServiceStub:
+    """What operators need of a store."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> StoreAdminServiceAsyncStub: ...
+    GetTiers: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GetTiersRequest, _kvstore_pb2.GetTiersResponse]
+    """Tiers, tenants and codecs at this moment.
+
+    Errors: none of its own.
+    """
+    ListChunks: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.ListChunksRequest, _kvstore_pb2.ListChunksResponse]
+    """Streams what is stored in memory and on disk.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter.
+    """
+    VerifyChunks: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.VerifyChunksRequest, _kvstore_pb2.VerifyChunksResponse]
+    """Reads every chunk, checks header and checksums, and drops what is damaged.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter.
+    """
+    EvictChunks: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.EvictChunksRequest, _kvstore_pb2.EvictChunksResponse]
+    """Drops chunks, continuations before their prefixes. Leased ones stay.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter, or an empty one without `all`.
+    """
+
+@_typing.type_check_only
+class StoreAdminServiceAsyncStub(StoreAdminServiceStub):
+    """What operators need of a store."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetTiers: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GetTiersRequest, _kvstore_pb2.GetTiersResponse]  # type: ignore[assignment]
+    """Tiers, tenants and codecs at this moment.
+
+    Errors: none of its own.
+    """
+    ListChunks: _aio.UnaryStreamMultiCallable[_kvstore_pb2.ListChunksRequest, _kvstore_pb2.ListChunksResponse]  # type: ignore[assignment]
+    """Streams what is stored in memory and on disk.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter.
+    """
+    VerifyChunks: _aio.UnaryStreamMultiCallable[_kvstore_pb2.VerifyChunksRequest, _kvstore_pb2.VerifyChunksResponse]  # type: ignore[assignment]
+    """Reads every chunk, checks header and checksums, and drops what is damaged.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter.
+    """
+    EvictChunks: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.EvictChunksRequest, _kvstore_pb2.EvictChunksResponse]  # type: ignore[assignment]
+    """Drops chunks, continuations before their prefixes. Leased ones stay.
+
+    Errors:
+    * INVALID_ARGUMENT: a malformed filter, or an empty one without `all`.
+    """
+
+class StoreAdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What operators need of a store."""
+
+    @_abc_1.abstractmethod
+    def GetTiers(
+        self,
+        request: _kvstore_pb2.GetTiersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.GetTiersResponse, _abc.Awaitable[_kvstore_pb2.GetTiersResponse]]:
+        """Tiers, tenants and codecs at this moment.
+
+        Errors: none of its own.
+        """
+
+    @_abc_1.abstractmethod
+    def ListChunks(
+        self,
+        request: _kvstore_pb2.ListChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.ListChunksResponse], _abc.AsyncIterator[_kvstore_pb2.ListChunksResponse]]:
+        """Streams what is stored in memory and on disk.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyChunks(
+        self,
+        request: _kvstore_pb2.VerifyChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.VerifyChunksResponse], _abc.AsyncIterator[_kvstore_pb2.VerifyChunksResponse]]:
+        """Reads every chunk, checks header and checksums, and drops what is damaged.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter.
+        """
+
+    @_abc_1.abstractmethod
+    def EvictChunks(
+        self,
+        request: _kvstore_pb2.EvictChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.EvictChunksResponse, _abc.Awaitable[_kvstore_pb2.EvictChunksResponse]]:
+        """Drops chunks, continuations before their prefixes. Leased ones stay.
+
+        Errors:
+        * INVALID_ARGUMENT: a malformed filter, or an empty one without `all`.
+        """
+
+def add_StoreAdminServiceServicer_to_server(servicer: StoreAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ChunkSourceServiceStub:
     """A source of chunks: the kvstore, or whoever else has them."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvmesh.v1 import common_pb2 as kvmesh_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvmesh/v1/prefill.proto\x12\tkvmesh.v1\x1a\x16kvmesh/v1/common.proto\"\xb8\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.kvmesh.v1.SamplingParameters\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.kvmesh.v1.StoppingParameters\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12#\n\x06ticket\x18\x08 \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\ncache_salt\x18\n \x01(\tB\x0b\n\t_logprobs\"\x11\n\x0fPrefillProgress\"\x99\x01\n\x12PrefillFirstTokens\x12&\n\x07samples\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.TokenBatch\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x04 \x01(\r\x12\x15\n\rstored_tokens\x18\x05 \x01(\r\"K\n\x10PrefillPublished\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\r\x12\x17\n\x0fpublish_seconds\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb3\x01\n\x0fPrefillResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillProgressH\x00\x12\x35\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x1d.kvmesh.v1.PrefillFirstTokensH\x00\x12\x30\n\tpublished\x18\x03 \x01(\x0b\x32\x1b.kvmesh.v1.PrefillPublishedH\x00\x42\x07\n\x05\x65vent\"N\n\x13\x41\x62ortPrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06ticket\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\"\'\n\x14\x41\x62ortPrefillResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\x32\xa5\x01\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.kvmesh.v1.PrefillRequest\x1a\x1a.kvmesh.v1.PrefillResponse0\x01\x12O\n\x0c\x41\x62ortPrefill\x12\x1e.kvmesh.v1.AbortPrefillRequest\x1a\x1f.kvmesh.v1.AbortPrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvmesh/v1/prefill.proto\x12\tkvmesh.v1\x1a\x16kvmesh/v1/common.proto\"\x97\x03\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.kvmesh.v1.SamplingParameters\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.kvmesh.v1.StoppingParameters\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12#\n\x06ticket\x18\x08 \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\ncache_salt\x18\n \x01(\t\x12 \n\x13ttft_budget_seconds\x18\x14 \x01(\x01H\x01\x88\x01\x01\x12#\n\x07readers\x18\x15 \x01(\x0b\x32\x12.kvmesh.v1.ReadersB\x0b\n\t_logprobsB\x16\n\x14_ttft_budget_seconds\"\x11\n\x0fPrefillProgress\"\xc0\x01\n\x12PrefillFirstTokens\x12&\n\x07samples\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.TokenBatch\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x04 \x01(\r\x12\x15\n\rstored_tokens\x18\x05 \x01(\r\x12%\n\x07\x66\x65tched\x18\x14 \x01(\x0b\x32\x14.kvmesh.v1.KvFetched\"K\n\x10PrefillPublished\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\r\x12\x17\n\x0fpublish_seconds\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb3\x01\n\x0fPrefillResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillProgressH\x00\x12\x35\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x1d.kvmesh.v1.PrefillFirstTokensH\x00\x12\x30\n\tpublished\x18\x03 \x01(\x0b\x32\x1b.kvmesh.v1.PrefillPublishedH\x00\x42\x07\n\x05\x65vent\"N\n\x13\x41\x62ortPrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06ticket\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.KvTicket\"\'\n\x14\x41\x62ortPrefillResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\x32\xa5\x01\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.kvmesh.v1.PrefillRequest\x1a\x1a.kvmesh.v1.PrefillResponse0\x01\x12O\n\x0c\x41\x62ortPrefill\x12\x1e.kvmesh.v1.AbortPrefillRequest\x1a\x1f.kvmesh.v1.AbortPrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvmesh.v1.prefill_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=63
-  _globals['_PREFILLREQUEST']._serialized_end=375
-  _globals['_PREFILLPROGRESS']._serialized_start=377
-  _globals['_PREFILLPROGRESS']._serialized_end=394
-  _globals['_PREFILLFIRSTTOKENS']._serialized_start=397
-  _globals['_PREFILLFIRSTTOKENS']._serialized_end=550
-  _globals['_PREFILLPUBLISHED']._serialized_start=552
-  _globals['_PREFILLPUBLISHED']._serialized_end=627
-  _globals['_PREFILLRESPONSE']._serialized_start=630
-  _globals['_PREFILLRESPONSE']._serialized_end=809
-  _globals['_ABORTPREFILLREQUEST']._serialized_start=811
-  _globals['_ABORTPREFILLREQUEST']._serialized_end=889
-  _globals['_ABORTPREFILLRESPONSE']._serialized_start=891
-  _globals['_ABORTPREFILLRESPONSE']._serialized_end=930
-  _globals['_PREFILLSERVICE']._serialized_start=933
-  _globals['_PREFILLSERVICE']._serialized_end=1098
+  _globals['_PREFILLREQUEST']._serialized_end=470
+  _globals['_PREFILLPROGRESS']._serialized_start=472
+  _globals['_PREFILLPROGRESS']._serialized_end=489
+  _globals['_PREFILLFIRSTTOKENS']._serialized_start=492
+  _globals['_PREFILLFIRSTTOKENS']._serialized_end=684
+  _globals['_PREFILLPUBLISHED']._serialized_start=686
+  _globals['_PREFILLPUBLISHED']._serialized_end=761
+  _globals['_PREFILLRESPONSE']._serialized_start=764
+  _globals['_PREFILLRESPONSE']._serialized_end=943
+  _globals['_ABORTPREFILLREQUEST']._serialized_start=945
+  _globals['_ABORTPREFILLREQUEST']._serialized_end=1023
+  _globals['_ABORTPREFILLRESPONSE']._serialized_start=1025
+  _globals['_ABORTPREFILLRESPONSE']._serialized_end=1064
+  _globals['_PREFILLSERVICE']._serialized_start=1067
+  _globals['_PREFILLSERVICE']._serialized_end=1232
 # @@protoc_insertion_point(module_scope)

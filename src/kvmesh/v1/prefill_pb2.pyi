@@ -37,6 +37,8 @@ class PrefillRequest(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TTFT_BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
+    READERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     fingerprint: _builtins.str
@@ -44,6 +46,8 @@ class PrefillRequest(_message.Message):
     logprobs: _builtins.int
     """Alternatives for each token; see ResponseOptions.logprobs."""
     cache_salt: _builtins.str
+    ttft_budget_seconds: _builtins.float
+    """Time left until the first token is due, in seconds; absent: no limit."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -62,6 +66,10 @@ class PrefillRequest(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a sample unless ignore_eos."""
 
+    @_builtins.property
+    def readers(self) -> _common_pb2.Readers:
+        """Who will read what is published."""
+
     def __init__(
         self,
         *,
@@ -75,14 +83,21 @@ class PrefillRequest(_message.Message):
         ticket: _common_pb2.KvTicket | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_salt: _builtins.str = ...,
+        ttft_budget_seconds: _builtins.float | None = ...,
+        readers: _common_pb2.Readers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_ttft_budget_seconds", b"_ttft_budget_seconds", "logprobs", b"logprobs", "readers", b"readers", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket", "ttft_budget_seconds", b"ttft_budget_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "cache_salt", b"cache_salt", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "logprobs", b"logprobs", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_ttft_budget_seconds", b"_ttft_budget_seconds", "cache_salt", b"cache_salt", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "logprobs", b"logprobs", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "readers", b"readers", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "ticket", b"ticket", "ttft_budget_seconds", b"ttft_budget_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_budget_seconds: _TypeAlias = _typing.Literal["ttft_budget_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttft_budget_seconds: _TypeAlias = _typing.Literal["_ttft_budget_seconds", b"_ttft_budget_seconds"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_budget_seconds) -> _WhichOneofReturnType__ttft_budget_seconds | None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 
@@ -112,6 +127,7 @@ class PrefillFirstTokens(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     LOCAL_TOKENS_FIELD_NUMBER: _builtins.int
     STORED_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     compute_seconds: _builtins.float
     local_tokens: _builtins.int
@@ -121,6 +137,8 @@ class PrefillFirstTokens(_message.Message):
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenBatch]:
         """One batch of one token for each sample."""
 
+    @_builtins.property
+    def fetched(self) -> _common_pb2.KvFetched: ...
     def __init__(
         self,
         *,
@@ -129,10 +147,11 @@ class PrefillFirstTokens(_message.Message):
         compute_seconds: _builtins.float = ...,
         local_tokens: _builtins.int = ...,
         stored_tokens: _builtins.int = ...,
+        fetched: _common_pb2.KvFetched | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetched", b"fetched"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "local_tokens", b"local_tokens", "queue_seconds", b"queue_seconds", "samples", b"samples", "stored_tokens", b"stored_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "fetched", b"fetched", "local_tokens", b"local_tokens", "queue_seconds", b"queue_seconds", "samples", b"samples", "stored_tokens", b"stored_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
