@@ -11,9 +11,10 @@ import torch
 from kvmesh.engine.api import KvLayout
 from kvmesh.engine.attention.cpu import CpuAttention
 from kvmesh.engine.attention.interface import Attention, Segment
-from kvmesh.engine.attention.native import Kernel, NativeAttention, PackedPool, supports
+from kvmesh.engine.attention.native import SHARING, Kernel, NativeAttention, PackedPool, supports
 from kvmesh.engine.attention.native_build import CannotBuild, load_library
 from kvmesh.engine.attention.pool import KvPool, PagedKv
+from kvmesh.engine.attention.prefixes import Cost
 from kvmesh.engine.attention.reference import ReferenceAttention
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ def torch_back_end(device: torch.device | str = "cpu") -> BackEnd:
     return build
 
 
-def native_back_end(kernel: Kernel, threads: int = 1) -> BackEnd:
-    """The kernel of this CPU, on `threads` threads."""
+def native_back_end(kernel: Kernel, threads: int = 1, sharing: Cost | None = SHARING) -> BackEnd:
+    """The kernel of this CPU, on `threads` threads; `sharing`: when a prefix is read once for all who have it."""
 
     def build(layout: KvLayout, blocks: int, windows: Sequence[int | None]) -> tuple[PagedKv, Attention]:
         pool = PackedPool(layout, blocks, kernel)
-        return pool, NativeAttention(pool, windows, threads)
+        return pool, NativeAttention(pool, windows, threads, sharing)
 
     return build
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch import Tensor
 from kvmesh.engine.api import KvArray, KvLayout
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.attention.pool import check_layout, from_wire, to_wire
+from kvmesh.engine.attention.prefixes import Cost, shared_prefixes
 from kvmesh.types import BLOCK_TOKENS
 
 MAX_HEAD_DIM = 256
+SHARING = Cost()
 _LANES = 16
 _INT32 = np.dtype(np.int32)
 
@@ -42,8 +45,14 @@ class _Batch(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("tokens", ctypes.c_void_p),
         ("first_block", ctypes.c_void_p),
+        ("own", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("first_member", ctypes.c_void_p),
+        ("members", ctypes.c_void_p),
         ("segments", ctypes.c_int32),
+        ("prefixes", ctypes.c_int32),
     )
 
 
@@ -88,14 +97,19 @@ def supports(layout: KvLayout) -> bool:
 
 
 class Tables:
-    """Where the tokens of a batch lie in a pool of `blocks`, as the kernel reads it: arrays that only ever grow."""
+    """Where the tokens of a batch lie in a pool of `blocks`, as the kernel reads it: arrays that only ever grow.
 
-    def __init__(self, blocks: int) -> None:
+    `sharing`: where that pays, a prefix that decoding sequences have in common is read once for all of them.
+    """
+
+    def __init__(self, blocks: int, sharing: Cost | None = None) -> None:
         self._limit = blocks
+        self.sharing = sharing
         self.struct = _Batch()
         self.address = ctypes.addressof(self.struct)
-        self._segments: NDArray[np.int32] = np.empty((3, 0), _INT32)
+        self._segments: NDArray[np.int32] = np.empty((4, 0), _INT32)
         self._blocks: NDArray[np.int32] = np.empty(0, _INT32)
+        self._prefixes: tuple[NDArray[np.int32], ...] = ()
 
     def fill(self, segments: Sequence[Segment]) -> None:
         """Takes the batch.
@@ -107,14 +121,40 @@ class Tables:
         tables = [segment.block_ids for segment in segments]
         lengths = [len(table) for table in tables]
         self._reserve(count, sum(lengths))
-        starts, tokens, first_block = self._segments
+        starts, tokens, first_block, own = self._segments
         starts[:count] = [segment.start for segment in segments]
         tokens[:count] = [segment.tokens for segment in segments]
         first_block[0] = 0
         np.cumsum(lengths[:-1], out=first_block[1:count])
         self._blocks[: sum(lengths)] = list(chain.from_iterable(tables))
-        self.struct.segments = count
+        own[:count] = 0
+        self.struct.segments, self.struct.prefixes = count, 0
         self._check(starts[:count] + tokens[:count], np.multiply(lengths, BLOCK_TOKENS), self._blocks[: sum(lengths)])
+
+        if self.sharing and count > 1:
+            self._share_prefixes(starts[:count], tokens[:count], first_block[:count], own, self.sharing)
+
+    def _share_prefixes(
+        self,
+        starts: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        first_block: NDArray[np.int32],
+        own: NDArray[np.int32],
+        cost: Cost,
+    ) -> None:
+        full = np.where(tokens == 1, starts // BLOCK_TOKENS, 0)
+        prefixes = shared_prefixes(self._blocks, first_block, full, cost)
+        for prefix in prefixes:
+            own[prefix.members] = prefix.end * BLOCK_TOKENS
+        firsts, ends = (
+            BLOCK_TOKENS * np.array(x, _INT32) for x in ([p.first for p in prefixes], [p.end for p in prefixes])
+        )
+        first_member = np.cumsum([0, *(len(prefix.members) for prefix in prefixes)], dtype=_INT32)
+        members = np.concatenate([np.empty(0, _INT32), *(prefix.members.astype(_INT32) for prefix in prefixes)])
+        self._prefixes = (firsts, ends, first_member, members)
+        addresses = [array.ctypes.data for array in self._prefixes]
+        self.struct.first, self.struct.end, self.struct.first_member, self.struct.members = addresses
+        self.struct.prefixes = len(prefixes)
 
     def _check(self, ends: NDArray[np.int32], limits: NDArray[np.int64], block_ids: NDArray[np.int32]) -> None:
         if (ends > limits).any() or (block_ids.view(np.uint32) >= self._limit).any():
@@ -122,9 +162,9 @@ class Tables:
 
     def _reserve(self, segments: int, blocks: int) -> None:
         if self._segments.shape[1] < segments:
-            self._segments = np.empty((3, 2 * segments), _INT32)
+            self._segments = np.empty((4, 2 * segments), _INT32)
             rows = [row.ctypes.data for row in self._segments]
-            self.struct.starts, self.struct.tokens, self.struct.first_block = rows
+            self.struct.starts, self.struct.tokens, self.struct.first_block, self.struct.own = rows
         if len(self._blocks) < blocks:
             self._blocks = np.empty(2 * blocks, _INT32)
             self.struct.tables = self._blocks.ctypes.data
@@ -175,13 +215,16 @@ class PackedPool:
 class NativeAttention:
     """Implements `Attention`; `windows` has one entry per layer. With one thread no thread is started.
 
-    A batch is split between `threads` threads, which sleep when there is none.
+    A batch is split between `threads` threads, which sleep when there is none. `sharing`: when a prefix
+    that sequences have in common is attended to once for all; None: never.
     """
 
-    def __init__(self, pool: PackedPool, windows: Sequence[int | None], threads: int = 1) -> None:
+    def __init__(
+        self, pool: PackedPool, windows: Sequence[int | None], threads: int = 1, sharing: Cost | None = SHARING
+    ) -> None:
         self._pool = pool
         self._windows = [window or 0 for window in windows]
-        self._tables = Tables(pool.blocks)
+        self._tables = Tables(pool.blocks, sharing)
         self._rows = _Rows()
         self._rows_address = ctypes.addressof(self._rows)
         self._strides: tuple[tuple[int, ...], ...] | None = None
@@ -217,6 +260,8 @@ class NativeAttention:
         strides = (q.stride(), k.stride(), v.stride())
         q, k, v = (_rows_together(x) for x in (q, k, v))
         rows = self._rows
+        if self._tables.sharing:
+            self._tables.sharing = replace(self._tables.sharing, group=q.shape[1] // k.shape[1])
         rows.q_stride, rows.k_stride, rows.v_stride = q.stride(0), k.stride(0), v.stride(0)
         self._strides = strides if strides == (q.stride(), k.stride(), v.stride()) else None
         return q, k, v

@@ -1,6 +1,8 @@
 // Causal attention over paged KV that is read in place: decode rows, prefill chunks and mixed batches in one call.
 //
-// Rows of a query group share every load of K and V. Knows no model, no Python and no allocation of blocks.
+// Rows of a query group share every load of K and V, and so do sequences with a prefix in common, whose part of the
+// attention is computed once for all and merged by log-sum-exp (Hydragen, arXiv 2402.05099). Knows no model, no Python
+// and no allocation of blocks.
 
 #include "crew.hpp"
 #include "pool.hpp"
@@ -23,9 +25,11 @@ struct Scratch {
     const word *keys[CHUNK / BLOCK], *values[CHUNK / BLOCK], *next[CHUNK / BLOCK];
 };
 
-// Rows [row, row + rows) of one KV head of a segment against keys [from, to). `part` < 0: these are all its keys.
+// Rows [row, row + rows) of one KV head of a segment, or of all members of a prefix, against keys [from, to). `partial`:
+// other items have more keys of these rows.
 struct Item {
-    int32_t segment, token0, head, row, rows, from, to, part;
+    int32_t segment, prefix, head, row, rows, from, to;
+    bool partial;
 };
 
 class Attention {
@@ -39,30 +43,41 @@ class Attention {
         crew_.run(static_cast<int>(items_.size()), alone, [&](int i, int thread) {
             attend<T>(batch, Layer<T>{pool_, layer}, rows, items_[i], scratch_[thread]);
         });
-        for (size_t i = 0; i < items_.size(); ++i)
-            if (items_[i].part == 0) merge<T>(i, rows);
+        if (!parts_.empty()) merge<T>(batch, rows);
     }
 
   private:
     // Lists the work; long lists of keys are split where threads would otherwise idle. True if one thread does it all.
+    // A sliding window has moved past what is shared, or soon will: each segment then reads its own keys.
     bool divide(const Batch& batch, int window) {
-        items_.clear();
-        double work = 0;
-        int token0 = 0;
-        for (int s = 0; s < batch.segments; token0 += batch.tokens[s++]) {
-            const int count = batch.tokens[s] * group_;
+        items_.clear(), first_token_.clear(), work_ = 0, tokens_ = 0;
+        for (int s = 0; s < batch.segments; tokens_ += batch.tokens[s++]) {
+            first_token_.push_back(tokens_);
+            const int own = window > 0 ? 0 : batch.own[s], count = batch.tokens[s] * group_;
             for (int row = 0; row < count; row += TILE) {
                 const int rows = std::min(TILE, count - row);
-                const int from = oldest(batch.starts[s] + row / group_, window);
-                const int to = batch.starts[s] + (row + rows - 1) / group_ + 1;
-                work += 2.0 * rows * (to - from) * pool_.head_dim * pool_.kv_heads;
-                for (int head = 0; head < pool_.kv_heads; ++head)
-                    items_.push_back({s, token0, head, row, rows, from, to, -1});
+                const int from = std::max(own, oldest(batch.starts[s] + row / group_, window));
+                add({s, -1, 0, row, rows, from, batch.starts[s] + (row + rows - 1) / group_ + 1, own > 0});
             }
         }
-        const bool alone = crew_.size() == 1 || work < ALONE;
+        for (int p = 0; window <= 0 && p < batch.prefixes; ++p) {
+            const int first = batch.first_member[p], count = (batch.first_member[p + 1] - first) * group_;
+            for (int row = 0; row < count; row += TILE) {
+                const int rows = std::min(TILE, count - row);
+                add({batch.members[first], p, 0, row, rows, batch.first[p], batch.end[p], true});
+            }
+        }
+        const bool alone = crew_.size() == 1 || work_ < ALONE;
         if (!alone && static_cast<int>(items_.size()) < 4 * crew_.size()) split();
+        const bool whole = std::none_of(items_.begin(), items_.end(), [](const Item& item) { return item.partial; });
+        parts_.resize(whole ? 0 : items_.size() * TILE * stride());
         return alone;
+    }
+
+    // The same for each head.
+    void add(Item item) {
+        work_ += 2.0 * item.rows * (item.to - item.from) * pool_.head_dim * pool_.kv_heads;
+        for (; item.head < pool_.kv_heads; ++item.head) items_.push_back(item);
     }
 
     void split() {
@@ -72,28 +87,36 @@ class Attention {
         for (Item item : whole) {
             const int last = item.to, step = std::max(CHUNK, ((last - item.from) / wanted + CHUNK - 1) / CHUNK * CHUNK);
             const int first = item.from / BLOCK * BLOCK;
-            if (last - first > step) item.part = 0;
-            for (int at = first; at < last; at += step, ++item.part) {
-                item.from = at, item.to = std::min(at + step, last);
+            item.partial |= last - first > step;
+            for (int at = first; at < last; at += step) {
+                item.from = std::max(at, item.from), item.to = std::min(at + step, last);
                 items_.push_back(item);
-                if (item.part < 0) break;
             }
         }
-        parts_.resize(items_.size() * TILE * (padded() + 2));
+    }
+
+    // The row of queries, and of the output, that is row `at` of an item's segment or prefix: [tokens, heads].
+    int64_t index(const Batch& batch, const Item& item, int at, int heads) const {
+        const int member = at / group_, head = item.head * group_ + at % group_;
+        const int token = item.prefix < 0 ? first_token_[item.segment] + member
+                                          : first_token_[batch.members[batch.first_member[item.prefix] + member]];
+        return int64_t{token} * heads + head;
     }
 
     static int oldest(int position, int window) { return window > 0 ? std::max(0, position - window + 1) : 0; }
     int padded() const { return (pool_.head_dim + 15) / 16 * 16; }
-    float* part(size_t item) { return parts_.data() + item * TILE * (padded() + 2); }
+    // A row's sums in a part: the weighted values, the greatest score, the sum of weights.
+    int stride() const { return padded() + 2; }
+    float* part(const Item& item) { return parts_.data() + (&item - items_.data()) * TILE * stride(); }
 
     template <class T>
     void attend(const Batch& batch, const Layer<T>& layer, const Rows& rows, const Item& item, Scratch& s) {
-        pack<T>(rows, layer, item, s);
+        pack<T>(batch, rows, layer, item, s);
         std::fill_n(s.m, item.rows, LOWEST);
         std::fill_n(s.l, item.rows, 0.0f);
         std::fill_n(s.out, item.rows * layer.padded, 0.0f);
         const int32_t* table = batch.tables + batch.first_block[item.segment];
-        const int start = batch.starts[item.segment];
+        const int start = item.prefix < 0 ? batch.starts[item.segment] : item.to;
         for (int first = item.from / BLOCK * BLOCK; first < item.to; first += CHUNK) {
             const int last = std::min(first + CHUNK, item.to);
             for (int b = 0; b * BLOCK < last - first; ++b) {
@@ -104,8 +127,11 @@ class Attention {
             for (int row = 0; row < item.rows; row += MAX_ROWS)
                 step<T>(layer, rows.window, start, item, row, first, last, s);
         }
-        if (item.part < 0) return emit<T>(rows, item, s.out, s.m, s.l);
-        keep(part(&item - items_.data()), item, s);
+        for (int r = 0; r < item.rows; ++r) {
+            const float* out = s.out + r * layer.padded;
+            if (item.partial) keep(part(item) + r * stride(), out, s.m[r], s.l[r]);
+            else emit<T>(rows, index(batch, item, item.row + r, rows.heads), out, s.m[r], s.l[r]);
+        }
     }
 
     // The keys of the chunk at `first`, or of the first chunk of the next item if this one ends before.
@@ -155,55 +181,53 @@ class Attention {
         for (; d < layer.padded; d += W) weigh(kernels.weigh_one[count]);
     }
 
-    template <class T>
-    static const typename T::element* query(const Rows& rows, int64_t token, int head, int head_dim) {
-        return static_cast<const typename T::element*>(rows.q) + token * rows.q_stride + head * head_dim;
-    }
-
     // Queries to [words, rows] within each group of up to MAX_ROWS rows.
-    template <class T> void pack(const Rows& rows, const Layer<T>& layer, const Item& item, Scratch& s) const {
+    template <class T>
+    void pack(const Batch& batch, const Rows& rows, const Layer<T>& layer, const Item& item, Scratch& s) const {
+        const auto* queries = static_cast<const typename T::element*>(rows.q);
         for (int row = 0; row < item.rows; row += MAX_ROWS) {
             const int count = std::min(MAX_ROWS, item.rows - row);
             for (int r = 0; r < count; ++r) {
-                const int at = item.row + row + r, head = item.head * group_ + at % group_;
-                const auto* q = query<T>(rows, item.token0 + at / group_, head, pool_.head_dim);
+                const int64_t at = index(batch, item, item.row + row + r, rows.heads);
+                const auto* q = queries + at / rows.heads * rows.q_stride + at % rows.heads * pool_.head_dim;
                 word* to = s.q + row * layer.words + r;
                 for (int w = 0; w < layer.words; ++w) std::memcpy(to + w * count, q + w * T::P, sizeof(word));
             }
         }
     }
 
-    void keep(float* part, const Item& item, const Scratch& s) const {
-        std::copy_n(s.m, item.rows, part);
-        std::copy_n(s.l, item.rows, part + TILE);
-        std::copy_n(s.out, item.rows * padded(), part + 2 * TILE);
+    void keep(float* sums, const float* out, float m, float l) const {
+        std::copy_n(out, padded(), sums);
+        sums[padded()] = m, sums[padded() + 1] = l;
     }
 
-    // Joins the parts that begin at item i in its first one and emits them.
-    template <class T> void merge(size_t i, const Rows& rows) {
-        const Item item = items_[i];
-        float *m = part(i), *l = m + TILE, *out = l + TILE;
-        for (size_t j = i + 1; j < items_.size() && items_[j].part > 0; ++j) {
-            const float *m2 = part(j), *l2 = m2 + TILE, *out2 = l2 + TILE;
-            for (int r = 0; r < item.rows; ++r) {
-                const float top = std::max(m[r], m2[r]), a = std::exp2(m[r] - top), b = std::exp2(m2[r] - top);
-                for (int d = r * padded(); d < (r + 1) * padded(); ++d) out[d] = out[d] * a + out2[d] * b;
-                m[r] = top, l[r] = l[r] * a + l2[r] * b;
-            }
-        }
-        emit<T>(rows, item, out, m, l);
+    // Adds the sums of a row over more keys: softmax over a union of keys from those over its parts.
+    void join(float* sums, const float* more) const {
+        float &m = sums[padded()], &l = sums[padded() + 1];
+        const float top = std::max(m, more[padded()]), a = std::exp2(m - top), b = std::exp2(more[padded()] - top);
+        for (int d = 0; d < padded(); ++d) sums[d] = sums[d] * a + more[d] * b;
+        m = top, l = l * a + more[padded() + 1] * b;
     }
 
-    template <class T>
-    void emit(const Rows& rows, const Item& item, const float* out, const float* m, const float* l) const {
-        for (int r = 0; r < item.rows; ++r, out += padded()) {
-            const int at = item.row + r;
-            const int64_t index = int64_t{item.token0 + at / group_} * rows.heads + item.head * group_ + at % group_;
-            auto* to = static_cast<typename T::element*>(rows.out) + index * pool_.head_dim;
-            const float inverse = 1.0f / l[r];
-            for (int d = 0; d < pool_.head_dim; ++d) to[d] = T::round(out[d] * inverse);
-            if (rows.lse) rows.lse[index] = (m[r] + std::log2(l[r])) * LN_2;
-        }
+    // Joins all parts of each row in the first of them, and emits it.
+    template <class T> void merge(const Batch& batch, const Rows& rows) {
+        sums_.assign(tokens_ * rows.heads, nullptr);
+        const auto each = [&](auto f) {
+            for (const Item& item : items_)
+                for (int r = 0; item.partial && r < item.rows; ++r)
+                    f(index(batch, item, item.row + r, rows.heads), part(item) + r * stride());
+        };
+        each([&](int64_t row, float* sums) { sums_[row] ? join(sums_[row], sums) : void(sums_[row] = sums); });
+        each([&](int64_t row, float* sums) {
+            if (sums_[row] == sums) emit<T>(rows, row, sums, sums[padded()], sums[padded() + 1]);
+        });
+    }
+
+    template <class T> void emit(const Rows& rows, int64_t row, const float* out, float m, float l) const {
+        auto* to = static_cast<typename T::element*>(rows.out) + row * pool_.head_dim;
+        const float inverse = 1.0f / l;
+        for (int d = 0; d < pool_.head_dim; ++d) to[d] = T::round(out[d] * inverse);
+        if (rows.lse) rows.lse[row] = (m + std::log2(l)) * LN_2;
     }
 
     const Pool pool_;
@@ -211,7 +235,11 @@ class Attention {
     int group_ = 1;
     std::vector<Scratch> scratch_;
     std::vector<Item> items_;
+    std::vector<int> first_token_;
     std::vector<float> parts_;
+    std::vector<float*> sums_;
+    double work_ = 0;
+    int tokens_ = 0;
 };
 
 }  // namespace

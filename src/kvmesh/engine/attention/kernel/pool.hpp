@@ -16,10 +16,13 @@ struct Pool {
     int32_t kv_heads, head_dim, bfloat16;
 };
 
-// Segment i has tokens[i] new tokens from position starts[i]; its block table begins at tables[first_block[i]].
+// Segment i has tokens[i] new tokens from position starts[i]; its block table begins at tables[first_block[i]]. The keys
+// before own[i] it shares: prefix j, the whole blocks of keys [first[j], end[j]), is one of the segments members[k] for k
+// in [first_member[j], first_member[j + 1]), which have one new token each.
 struct Batch {
-    const int32_t *starts, *tokens, *first_block, *tables;
-    int32_t segments;
+    const int32_t *starts, *tokens, *first_block, *own, *tables;
+    const int32_t *first, *end, *first_member, *members;
+    int32_t segments, prefixes;
 };
 
 // Rows are [tokens, heads, head_dim], contiguous within a token; strides are elements between tokens.
