@@ -40,8 +40,11 @@ def build_engine(
     max_model_len: int | None = None,
     device: str = "auto",
     precision: str = "float32",
+    swap_bytes: int | None = None,
 ) -> EngineCore:
     """Loads the model and gives it `blocks` blocks of KV, or as many as `memory_bytes` holds (1 GiB by default).
+
+    `swap_bytes`: host memory for the KV of preempted sequences; a quarter of the pool's by default.
 
     `precision` is that of the weights: `engine.linear.precision` lists them.
 
@@ -55,7 +58,14 @@ def build_engine(
 
     torch.set_num_threads(threads)
     runner = build_runner(folder, dtype, blocks, memory_bytes, max_model_len, device, precision)
-    return EngineCore(runner, max_running=max_running, max_waiting=max_waiting, token_budget=token_budget)
+    pool_bytes = runner.blocks * BLOCK_TOKENS * runner.layout.bytes_per_token
+    return EngineCore(
+        runner,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        token_budget=token_budget,
+        swap_bytes=pool_bytes // 4 if swap_bytes is None else swap_bytes,
+    )
 
 
 def build_runner(

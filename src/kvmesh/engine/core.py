@@ -6,12 +6,15 @@ Knows no event loop and no network; torch only if its runner does.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Sequence
 
 from kvmesh.engine.api import EngineRequest, Event, Failed, KvArray, KvLayout, KvReady
-from kvmesh.engine.batch import Runner
+from kvmesh.engine.batch import Batch, Runner, SampledToken
 from kvmesh.engine.cache.block_pool import BlockPool
-from kvmesh.engine.scheduler import Export, Iteration, Scheduler
+from kvmesh.engine.cache.swap import SwapSpace
+from kvmesh.engine.iteration import Export, Iteration
+from kvmesh.engine.scheduler import Scheduler
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import BLOCK_TOKENS, WorkerCapacity, WorkerStatistics
 
@@ -22,11 +25,18 @@ class EngineCore:
     """Implements `engine.api.Engine` on any `engine.batch.Runner`.
 
     `token_budget`: tokens computed in one iteration at most (decodes first, prompt chunks with the rest).
-    `max_running`: samples that hold blocks at once. `max_waiting`: requests that may queue.
+    `max_running`: samples that hold blocks at once. `max_waiting`: requests that may queue. `swap_bytes`: host memory
+    for the KV of preempted sequences.
     """
 
     def __init__(
-        self, runner: Runner, *, max_running: int = 64, max_waiting: int = 256, token_budget: int = 512
+        self,
+        runner: Runner,
+        *,
+        max_running: int = 64,
+        max_waiting: int = 256,
+        token_budget: int = 512,
+        swap_bytes: int = 0,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(
@@ -35,6 +45,7 @@ class EngineCore:
             max_running=max_running,
             max_waiting=max_waiting,
             token_budget=token_budget,
+            swap=SwapSpace(swap_bytes // runner.layout.bytes_per_token),
         )
         self._totals = {"requests": 0, "tokens": 0}
 
@@ -86,16 +97,41 @@ class EngineCore:
 
     def step(self) -> Sequence[Event]:
         iteration = self.scheduler.schedule()
+        self._swap(iteration)
         if not iteration.rows:
             return iteration.events
         try:
-            sampled = self.runner.run(iteration.batch)
+            sampled = self._run(iteration.batch)
         except Exception as error:
             log.exception("an iteration of %d rows failed", len(iteration.rows))
             return [*iteration.events, *self._fail(iteration, error)]
         tokens, exports = self.scheduler.complete(iteration, sampled)
         self._totals["tokens"] += len(tokens)
         return [*iteration.events, *tokens, *map(self._export, exports)]
+
+    def _run(self, batch: Batch) -> list[list[SampledToken]]:
+        began = time.perf_counter()
+        sampled = self.runner.run(batch)
+        tokens = sum(len(row.token_ids) for row in batch.rows)
+        # What recomputing would cost is seen where prompts are computed, not where single tokens are.
+        if tokens >= 4 * len(batch.rows):
+            self.scheduler.swap.compute.observe(time.perf_counter() - began, tokens)
+        return sampled
+
+    def _swap(self, iteration: Iteration) -> None:
+        """Saves before anything is written, then restores."""
+        swap = self.scheduler.swap
+        for sequence, blocks in iteration.saves:
+            if saved := sequence.saved:
+                began = time.perf_counter()
+                saved.data = self.runner.read_kv(blocks, 0, saved.tokens)
+                swap.save.observe(time.perf_counter() - began, saved.tokens)
+        for sequence, start in iteration.restores:
+            if (saved := sequence.saved) and saved.data is not None:
+                began = time.perf_counter()
+                self.runner.write_kv(sequence.blocks, start, saved.data[:, :, start:])
+                swap.load.observe(time.perf_counter() - began, saved.tokens - start)
+            self.scheduler.restored(sequence)
 
     def _export(self, export: Export) -> KvReady:
         data = self.runner.read_kv(export.block_ids, export.start, export.end - export.start)

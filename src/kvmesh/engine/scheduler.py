@@ -12,70 +12,37 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 
 from kvmesh.engine.api import Admitted, Computing, EngineRequest, Event, Failed, TokenOutput
-from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.batch import Draw, Row, SampledToken
 from kvmesh.engine.beam import BeamSearch, beam_outputs
+from kvmesh.engine.block_tables import BlockTables
 from kvmesh.engine.cache.block_pool import BlockPool
+from kvmesh.engine.cache.swap import SwapSpace
+from kvmesh.engine.iteration import Export, Iteration, blocks_for
 from kvmesh.engine.sequence import Group, SampleState, Sequence
 from kvmesh.errors import AlreadyExists, InvalidArgument, Overloaded
 from kvmesh.types import BLOCK_TOKENS, FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
-    """KV of tokens [start, end) of a block table is final and was asked for; read it before the next iteration."""
-
-    request_id: str
-    block_ids: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(slots=True)
-class Iteration:
-    """One step: the batch to run, whose rows belong to `sequences` in order, and what happened on the way."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-
-    @property
-    def batch(self) -> Batch:
-        return Batch(tuple(self.rows), tuple(self.copies))
-
-
-def _in_use(sequence: Sequence, iteration: Iteration) -> bool:
-    """True if the iteration needs its blocks; beams come and go together."""
-    together = sequence.group.sequences if sequence.group.beams else [sequence]
-    return any(one in iteration.sequences for one in together)
-
-
-def blocks_for(tokens: int) -> int:
-    """Blocks that hold `tokens` tokens."""
-    return -(-tokens // BLOCK_TOKENS)
-
-
-class Scheduler:
+class Scheduler(BlockTables):
     """Owns the pool and every request. Every sequence is in exactly one of waiting, loading and running."""
 
     def __init__(
-        self, pool: BlockPool, *, max_model_len: int, max_running: int, max_waiting: int, token_budget: int
+        self,
+        pool: BlockPool,
+        *,
+        max_model_len: int,
+        max_running: int,
+        max_waiting: int,
+        token_budget: int,
+        swap: SwapSpace | None = None,
     ) -> None:
-        self.pool = pool
+        super().__init__(pool, swap or SwapSpace())
         self.max_model_len = min(max_model_len, pool.total * BLOCK_TOKENS)
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.token_budget = token_budget
-        self.groups: dict[str, Group] = {}
-        self.waiting: deque[Sequence] = deque()
-        self.loading: dict[str, Sequence] = {}
-        self.running: list[Sequence] = []
-        self.preemptions = 0
-        self.queried_tokens = 0
-        self.hit_tokens = 0
 
     # What the outside asks ---------------------------------------------------------------------------------------
 
@@ -128,6 +95,7 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.group is not group]
         for sequence in group.sequences:
             self.pool.release(sequence.blocks)
+            self.restored(sequence)
         return True
 
     @property
@@ -172,7 +140,7 @@ class Scheduler:
     def _admit(self, iteration: Iteration) -> None:
         while self.waiting and self._fits(self.waiting[0]):
             sequence = self.waiting.popleft()
-            self._reserve(sequence)
+            self._reserve(sequence, iteration)
             group = sequence.group
             first = not group.admitted
             group.admitted = True
@@ -193,68 +161,11 @@ class Scheduler:
         reserve = max(alive, self.pool.total // 100) if alive else 0
         return needed + reserve <= self.pool.free
 
-    def _hits(self, sequence: Sequence) -> list[int]:
-        return self.pool.match(sequence.block_hashes(sequence.reusable))
-
-    def _reserve(self, sequence: Sequence) -> None:
-        hits = self._hits(sequence)
-        self.pool.share(hits)
-        sequence.blocks = hits + self.pool.allocate(blocks_for(len(sequence.tokens)) - len(hits))
-        sequence.computed = len(hits) * BLOCK_TOKENS
-        sequence.published = len(hits)
-        self.queried_tokens += sequence.reusable
-        self.hit_tokens += sequence.computed
-
     def _activate(self, sequence: Sequence) -> None:
         if sequence.pending:
             self.running.append(sequence)
         else:
             self._fork(sequence)
-
-    # Blocks ------------------------------------------------------------------------------------------------------
-
-    def _make_room(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
-        """Sees that the next tokens have blocks of their own; False if the sequence itself had to give way."""
-        while not self._writable(sequence, tokens, iteration):
-            victim = next((one for one in reversed(self.running) if not _in_use(one, iteration)), None)
-            if victim is None:
-                return False
-            self._preempt(victim)
-            if sequence not in self.running:
-                return False
-        return True
-
-    def _writable(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
-        first = sequence.computed // BLOCK_TOKENS
-        grows = max(0, blocks_for(sequence.computed + tokens) - len(sequence.blocks))
-        copies = first < len(sequence.blocks) and self.pool.shared(sequence.blocks[first])
-        if grows + copies > self.pool.free:
-            return False
-        if copies:
-            (fresh,) = self.pool.allocate(1)
-            iteration.copies.append((sequence.blocks[first], fresh))
-            self.pool.release([sequence.blocks[first]])
-            sequence.blocks[first] = fresh
-        sequence.blocks += self.pool.allocate(grows)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """A beam search gives way as a whole and starts anew: beams that wait for each other could wait for ever."""
-        group = sequence.group
-        for one in group.sequences if group.beams else [sequence]:
-            self.running.remove(one)
-            self.pool.release(one.blocks)
-            one.blocks, one.computed, one.published = [], 0, 0
-        self.waiting.appendleft(group.restart() if group.beams else sequence)
-        self.preemptions += 1
-
-    def _publish(self, sequence: Sequence) -> None:
-        full = sequence.computed // BLOCK_TOKENS
-        if full > sequence.published:
-            hashes = sequence.block_hashes(sequence.computed)
-            for position in range(sequence.published, full):
-                self.pool.publish(sequence.blocks[position], hashes[position])
-            sequence.published = full
 
     # Rows and results --------------------------------------------------------------------------------------------
 
@@ -347,21 +258,3 @@ class Scheduler:
         trunk.group.sequences += children
         self.running += children
         self._retire(trunk)
-
-    def _retire(self, sequence: Sequence) -> None:
-        group = sequence.group
-        self.pool.release(sequence.blocks)
-        group.sequences.remove(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        if not group.sequences:
-            del self.groups[group.request.request_id]
-
-    def check_integrity(self) -> list[str]:
-        """Pool counts against every block table, and every sequence in exactly one place."""
-        alive = [sequence for group in self.groups.values() for sequence in group.sequences]
-        places = [*self.waiting, *self.loading.values(), *self.running]
-        problems = self.pool.check_integrity([sequence.blocks for sequence in alive])
-        if sorted(map(id, alive)) != sorted(map(id, places)):
-            problems.append(f"{len(alive)} live sequences, {len(places)} in waiting, loading and running")
-        return problems

@@ -14,8 +14,9 @@ then on each step makes the next beams as forks of those before them.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
-from kvmesh.engine.api import EngineRequest, Sample
+from kvmesh.engine.api import EngineRequest, KvArray, Sample
 from kvmesh.engine.beam import Beam, BeamSearch
 from kvmesh.kv.keys import chain
 from kvmesh.types import BLOCK_TOKENS, TokenLogprob
@@ -31,13 +32,22 @@ class SampleState:
         self.output = list(sample.tokens)
 
 
+@dataclass(slots=True)
+class Saved:
+    """KV of the first `tokens` tokens, once the engine has copied it; the scheduler only counts it."""
+
+    tokens: int
+    data: KvArray | None = None
+
+
 class Sequence:
     """Tokens with a block table. KV of tokens [0, computed) is in `blocks`, whose first `published` have a hash.
 
-    `likeliest`: of a beam whose tokens are all computed, what may follow.
+    `likeliest`: of a beam whose tokens are all computed, what may follow. `saved`: of a preempted sequence, the KV of
+    its first tokens in host memory.
     """
 
-    __slots__ = ("blocks", "computed", "group", "hashes", "likeliest", "published", "samples", "tokens")
+    __slots__ = ("blocks", "computed", "group", "hashes", "likeliest", "published", "samples", "saved", "tokens")
 
     def __init__(self, group: Group, samples: list[SampleState], tokens: list[int]) -> None:
         self.group = group
@@ -48,6 +58,7 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.published = 0
         self.likeliest: tuple[TokenLogprob, ...] = ()
+        self.saved: Saved | None = None
 
     @property
     def slots(self) -> int:

@@ -6,11 +6,14 @@ long as the second. Torch-free: any runner will do.
 
 from __future__ import annotations
 
+import time
+
 from kvmesh.engine.api import KvArray
 from kvmesh.engine.batch import Batch, Draw, Row, Runner
 from kvmesh.types import BLOCK_TOKENS, SamplingParams
 
 PROMPT_TOKENS = 2 * BLOCK_TOKENS
+TIMED_TOKENS = 8 * BLOCK_TOKENS
 
 
 def warm_up(runner: Runner) -> KvArray | None:
@@ -28,6 +31,21 @@ def warm_up(runner: Runner) -> KvArray | None:
     kv = runner.read_kv(blocks, 0, PROMPT_TOKENS)
     runner.write_kv(blocks, 0, kv)
     return kv
+
+
+def time_prompt(runner: Runner) -> tuple[KvArray, float] | None:
+    """KV of a short prompt and the seconds that computing it takes, once warm; None if there is no room for it.
+
+    Leaves rubbish in the first blocks, like `warm_up`.
+    """
+    blocks = list(range(TIMED_TOKENS // BLOCK_TOKENS))
+    if runner.blocks < len(blocks) or runner.max_model_len <= TIMED_TOKENS:
+        return None
+    prompt = [token % runner.vocabulary_size for token in range(TIMED_TOKENS)]
+    began = time.perf_counter()
+    runner.run(Batch((Row(prompt, 0, blocks, (_draw(0.0),)),)))
+    seconds = time.perf_counter() - began
+    return runner.read_kv(blocks, 0, TIMED_TOKENS), seconds
 
 
 def _draw(temperature: float) -> Draw:

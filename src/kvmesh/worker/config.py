@@ -20,15 +20,24 @@ class WorkerConfig(ProcessConfig):
     """Of activations and KV; auto is float32 on a CPU if `precision` is, bfloat16 otherwise."""
     precision: Literal["auto", "float32", "bf16", "int8", "int4"] = "float32"
     """Of the weights on a CPU: `kvmesh.engine.linear`."""
-    codec: Annotated[str, AfterValidator(check_setting)] = "raw"
-    """Of the chunks in the store: raw, int8, fp8, cachegen or cachegen:LEVEL. All workers of a mesh need the same."""
+    codec: Annotated[str, AfterValidator(check_setting)] = "auto"
+    """Of the chunks in the store: raw, int8, fp8, cachegen or cachegen:LEVEL; adaptive is raw or lossy as suits the
+    links, auto is adaptive where the model has a profile, else raw. All workers of a mesh need the same."""
     codec_profile: Path | None = None
-    """Of cachegen; by default the one in the model's folder, or the one that ships."""
+    """By default the one in the model's folder, or the one that ships."""
+    quality: int = Field(1, ge=1)
+    """The coarsest version of a chunk to fetch over a slow link, in quality layers."""
     kv_memory: int | None = Field(None, gt=0)
     """Bytes of the block pool; `kv_blocks` goes before it."""
     kv_blocks: int | None = Field(None, gt=0)
+    swap_memory: int | None = Field(None, ge=0)
+    """Bytes for the KV of preempted sequences; a quarter of the pool's by default, 0: they are always recomputed."""
     max_running: int = Field(64, gt=0)
     max_waiting: int = Field(256, ge=0)
     token_budget: int = Field(512, gt=0)
     threads: int = Field(1, gt=0)
+    power_meter: Literal["auto", "none", "nvml", "rapl"] = "auto"
+    """auto: accelerators, else processors, else none."""
+    power_accelerators: tuple[int, ...] | None = None
+    """NVML's numbers of those that this worker uses, as in [0, 1]; default: all of the machine."""
     fake_step_seconds: float = Field(0.0, ge=0)

@@ -5,19 +5,22 @@ The only place that decides between a fake and a real engine; torch is imported 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
 from kvmesh.engine.api import Engine, KvLayout
+from kvmesh.engine.batch import Runner
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
-from kvmesh.engine.warmup import warm_up
+from kvmesh.engine.warmup import time_prompt, warm_up
 from kvmesh.kv import bitstream
 from kvmesh.kv.codec import EXACT, Codec
+from kvmesh.kv.codecs.adaptive import Adaptive
 from kvmesh.kv.codecs.choice import find_profile, open_codec
 from kvmesh.kv.keys import fingerprint
 from kvmesh.types import WorkerCapacity
 from kvmesh.worker.config import WorkerConfig
-from kvmesh.worker.job import Model
+from kvmesh.worker.job import Model, Speed
 
 
 def load_model(config: WorkerConfig) -> tuple[Model, Engine]:
@@ -56,6 +59,7 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
         device=device,
         blocks=config.kv_blocks,
         memory_bytes=config.kv_memory,
+        swap_bytes=config.swap_memory,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         token_budget=config.token_budget,
@@ -64,8 +68,23 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
     kv = warm_up(engine.runner)
     if kv is not None:
         bitstream.decode(bitstream.encode(kv, dtype, engine.capacity.first_layer, codec), codec)
+    speed = _measure(engine.runner, dtype, codec) if isinstance(codec, Adaptive) else None
     layout = folder.layout(dtype, precision)
-    return _model(folder.name, layout, folder.vocabulary_size, engine.capacity, codec), engine
+    model = _model(folder.name, layout, folder.vocabulary_size, engine.capacity, codec)
+    return replace(model, speed=speed), engine
+
+
+def _measure(runner: Runner, dtype: str, codec: Codec) -> Speed | None:
+    """Of a short prompt, once all is warm; None if there is no room for one."""
+    timed = time_prompt(runner)
+    if timed is None:
+        return None
+    kv, seconds = timed
+    began = time.perf_counter()
+    bits = bitstream.encode(kv, dtype, 0, codec)
+    between = time.perf_counter()
+    bitstream.decode(bits, codec)
+    return Speed(kv.shape[2], seconds, kv.size, between - began, time.perf_counter() - between)
 
 
 def _shape(layout: KvLayout) -> tuple[int, int, int, int]:
