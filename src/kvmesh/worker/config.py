@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from kvmesh.kv.codecs.choice import check_setting
+from kvmesh.power.rapl import POWERCAP
 from kvmesh.process import ProcessConfig
 
 
@@ -35,9 +36,13 @@ class WorkerConfig(ProcessConfig):
     max_running: int = Field(64, gt=0)
     max_waiting: int = Field(256, ge=0)
     token_budget: int = Field(512, gt=0)
+    tbt_target: float | None = Field(None, gt=0)
+    """Seconds between tokens that prompts may cost those who decode: sets `token_budget` by a profile at the start."""
     threads: int = Field(1, gt=0)
     power_meter: Literal["auto", "none", "nvml", "rapl"] = "auto"
     """auto: accelerators, else processors, else none."""
     power_accelerators: tuple[int, ...] | None = None
     """NVML's numbers of those that this worker uses, as in [0, 1]; default: all of the machine."""
+    powercap_path: Path = POWERCAP
+    """Where the processors' counters are; in a container perhaps elsewhere."""
     fake_step_seconds: float = Field(0.0, ge=0)

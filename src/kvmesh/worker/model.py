@@ -5,12 +5,14 @@ The only place that decides between a fake and a real engine; torch is imported 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 
 from kvmesh.engine.api import Engine, KvLayout
 from kvmesh.engine.batch import Runner
+from kvmesh.engine.budget import profiled_budget
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
 from kvmesh.engine.warmup import time_prompt, warm_up
 from kvmesh.kv import bitstream
@@ -18,9 +20,12 @@ from kvmesh.kv.codec import EXACT, Codec
 from kvmesh.kv.codecs.adaptive import Adaptive
 from kvmesh.kv.codecs.choice import find_profile, open_codec
 from kvmesh.kv.keys import fingerprint
+from kvmesh.rpc.address import is_loopback
 from kvmesh.types import WorkerCapacity
 from kvmesh.worker.config import WorkerConfig
 from kvmesh.worker.job import Model, Speed
+
+log = logging.getLogger(__name__)
 
 
 def load_model(config: WorkerConfig) -> tuple[Model, Engine]:
@@ -51,7 +56,9 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
     dtype = resolve_dtype(config.dtype, device, config.precision)
     precision = resolve_precision(config.precision, dtype, device)
     profile = find_profile(config.codec_profile, folder.path, folder.name)
-    codec = open_codec(config.codec, _shape(kv_layout_of(folder, dtype)), profile)
+    # On loopback nothing is remote, so nothing becomes lossy: no need to wait for what only that needs.
+    warm = config.codec != "auto" or not is_loopback(config.advertise or config.host)
+    codec = open_codec(config.codec, _shape(kv_layout_of(folder, dtype)), profile, warm=warm)
     engine = build_engine(
         folder,
         dtype=dtype,
@@ -66,9 +73,12 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
         threads=config.threads,
     )
     kv = warm_up(engine.runner)
-    if kv is not None:
+    if kv is not None and warm:
         bitstream.decode(bitstream.encode(kv, dtype, engine.capacity.first_layer, codec), codec)
-    speed = _measure(engine.runner, dtype, codec) if isinstance(codec, Adaptive) else None
+    speed = _measure(engine.runner, dtype, codec) if isinstance(codec, Adaptive) and warm else None
+    if config.tbt_target:
+        engine.scheduler.token_budget = profiled_budget(engine.runner, config.tbt_target)
+        log.info("token budget for %g s between tokens: %d", config.tbt_target, engine.scheduler.token_budget)
     layout = folder.layout(dtype, precision)
     model = _model(folder.name, layout, folder.vocabulary_size, engine.capacity, codec)
     return replace(model, speed=speed), engine
