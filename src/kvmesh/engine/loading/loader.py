@@ -16,6 +16,7 @@ from kvmesh.engine.loading.norms import load_norm, load_norms
 from kvmesh.engine.loading.projections import Projections
 from kvmesh.engine.loading.tensors import TensorFolder
 from kvmesh.engine.models.config import DecoderConfig, parse
+from kvmesh.engine.models.fused import Fused, fused_for
 from kvmesh.engine.models.llama import Decoder, DecoderWeights, LayerWeights
 from kvmesh.engine.models.mla import LatentDecoder, LatentLayerWeights
 from kvmesh.errors import InvalidArgument
@@ -47,19 +48,20 @@ def load(
     tensors = open_tensors(folder.path, getattr(torch, dtype), device, config)
     packing = packing_of(precision, device)
     matrices = tensors if packing.dense else open_tensors(folder.path, torch.float32, device, config)
-    weights = _weights(tensors, Projections(matrices, packing), config, first, end)
+    fused = fused_for(tensors.dtype, device)
+    weights = _weights(tensors, Projections(matrices, packing), config, first, end, fused)
     decoder = LatentDecoder if config.latent else Decoder
-    return decoder(config, weights, tensors.dtype, first)
+    return decoder(config, weights, tensors.dtype, first, fused)
 
 
 def _weights(
-    tensors: TensorFolder, projections: Projections, config: DecoderConfig, first: int, end: int
+    tensors: TensorFolder, projections: Projections, config: DecoderConfig, first: int, end: int, fused: Fused
 ) -> DecoderWeights:
     last = end == config.layers
     vocabulary = (config.vocabulary_size, config.hidden_size)
     embedding = tensors.get(_EMBEDDING, *vocabulary) if first == 0 or (last and config.tied) else None
     return DecoderWeights(
-        layers=tuple(_layer(tensors, projections, config, index) for index in range(first, end)),
+        layers=tuple(_layer(tensors, projections, config, index, fused) for index in range(first, end)),
         embedding=embedding if first == 0 else None,
         norm=load_norm(tensors, config, "model.norm", config.hidden_size) if last else None,
         head=_head(projections, embedding if config.tied else None, vocabulary) if last else None,
@@ -72,9 +74,11 @@ def _head(projections: Projections, tied: Tensor | None, shape: tuple[int, int])
     return projections.tied_head(tied, _EMBEDDING)
 
 
-def _layer(tensors: TensorFolder, projections: Projections, config: DecoderConfig, index: int) -> LayerWeights:
+def _layer(
+    tensors: TensorFolder, projections: Projections, config: DecoderConfig, index: int, fused: Fused
+) -> LayerWeights:
     attention, norms = f"model.layers.{index}.self_attn", load_norms(tensors, config, index)
-    feed_forward = load_feed_forward(tensors, config, index, projections.fused)
+    feed_forward = load_feed_forward(tensors, config, index, projections.fused, fused)
     if config.latent:
         latent = load_latent_attention(tensors, config, index, projections.fused)
         return LatentLayerWeights(feed_forward=feed_forward, **(latent | norms))

@@ -5,15 +5,14 @@ Gated linear unit: arXiv 2002.05202.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvmesh.engine.linear import Linear
+from kvmesh.engine.models.fused import Fused
 
 
 class FeedForward(Protocol):
@@ -22,25 +21,18 @@ class FeedForward(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def _silu(gate: Tensor) -> Tensor:
-    return F.silu(gate)
-
-
-def _gelu_tanh(gate: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh")
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"silu": _silu, "gelu_tanh": _gelu_tanh})
-
-
 @dataclass(frozen=True, slots=True)
 class GatedFeedForward:
     """`down(activation(gate(x)) * up(x))`; `gate_up` stacks the rows of both."""
 
     gate_up: Linear
     down: Linear
+    fused: Fused
     activation: str = "silu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(ACTIVATIONS[self.activation](gate).mul_(up))
+        gate_up = self.gate_up(x)
+        if self.activation == "silu":
+            return self.down(self.fused.silu_gate(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.gelu(gate, approximate="tanh").mul_(up))

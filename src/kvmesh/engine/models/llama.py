@@ -16,7 +16,8 @@ from kvmesh.engine.attention.interface import Attention
 from kvmesh.engine.linear import Linear
 from kvmesh.engine.models.config import DecoderConfig
 from kvmesh.engine.models.feed_forward import FeedForward
-from kvmesh.engine.models.rope import inverse_frequencies, rotate, rotation
+from kvmesh.engine.models.fused import Fused, rms_norm
+from kvmesh.engine.models.rope import inverse_frequencies, rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,10 @@ class Decoder:
     """A stage of the model, computing in `dtype`. Attention layers are numbered from 0 within the stage."""
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, dtype: torch.dtype, first_layer: int = 0
+        self, config: DecoderConfig, weights: DecoderWeights, dtype: torch.dtype, first_layer: int, fused: Fused
     ) -> None:
         self.config = config
+        self._fused = fused
         self.weights = weights
         self.first_layer = first_layer
         self.end_layer = first_layer + len(weights.layers)
@@ -77,17 +79,24 @@ class Decoder:
         return embedded if self.config.embedding_scale == 1 else embedded * self.config.embedding_scale
 
     def forward(self, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Runs this stage's layers over `hidden` `[tokens, hidden]`; `attention` is planned for the same tokens."""
+        """Runs this stage's layers over `hidden` `[tokens, hidden]`; `attention` is planned for the same tokens.
+
+        The memory of `hidden` is used up.
+        """
         rotations = {
             rope: rotation(positions, frequencies, self.dtype, rope.amplitude)
             for rope, frequencies in self._frequencies.items()
         }
+        delta: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
-            attended = self._attend(index, layer, hidden, *rotations[self._ropes[index]], attention)
-            hidden = hidden + self._maybe_norm(attended, layer.attention_post_norm)
-            computed = layer.feed_forward(self._norm(hidden, layer.mlp_norm))
-            hidden = hidden + self._maybe_norm(computed, layer.mlp_post_norm)
-        return hidden
+            hidden, normed = self._add_norm(hidden, delta, layer.attention_norm)
+            attended = self._attend(index, layer, normed, *rotations[self._ropes[index]], attention)
+            hidden, normed = self._add_norm(
+                hidden, self._maybe_norm(attended, layer.attention_post_norm), layer.mlp_norm
+            )
+            delta = self._maybe_norm(layer.feed_forward(normed), layer.mlp_post_norm)
+        assert delta is not None
+        return hidden + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` to float32 `[rows, vocabulary]`; last stage only."""
@@ -96,34 +105,28 @@ class Decoder:
         return self.weights.head(self._norm(hidden, self.weights.norm)).float()
 
     def _attend(
-        self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+        self, index: int, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> Tensor:
         config = self.config
-        qkv = layer.qkv(self._norm(hidden, layer.attention_norm)).view(len(hidden), -1, config.head_dim)
-        rotated = config.heads + config.kv_heads
-        qk = rotate(self._normalised_heads(layer, qkv[:, :rotated]), cos, sin)
-        q, k, v = qk[:, : config.heads], qk[:, config.heads :], qkv[:, rotated:]
+        qkv = self._normalised_heads(layer, layer.qkv(normed).view(len(normed), -1, config.head_dim))
+        qkv = self._fused.rotate(qkv, config.heads + config.kv_heads, cos, sin)
+        q, k, v = torch.split(qkv, [config.heads, config.kv_heads, config.kv_heads], dim=1)
         return layer.output(attention.run(index, q, k, v).flatten(1))
 
-    def _normalised_heads(self, layer: LayerWeights, qk: Tensor) -> Tensor:
+    def _normalised_heads(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
         if layer.q_norm is None or layer.k_norm is None:
-            return qk
-        heads = self.config.heads
-        q, k = self._norm_heads(qk[:, :heads], layer.q_norm), self._norm_heads(qk[:, heads:], layer.k_norm)
-        return torch.cat((q, k), dim=1)
+            return qkv
+        q, k, v = torch.split(qkv, [self.config.heads, self.config.kv_heads, self.config.kv_heads], dim=1)
+        return torch.cat((self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm), v), dim=1)
 
     def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._norm(x.reshape(len(x), -1, len(weight)), weight).view(x.shape)
+
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fused.add_norm(hidden, delta, weight, self.config.norm_eps)
 
     def _maybe_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._norm(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.norm_eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) over the last dimension, in the precision of a float32 `weight` if it is one."""
-    if weight.dtype == x.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)

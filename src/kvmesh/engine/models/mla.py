@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvmesh.engine.attention.interface import Attention
 from kvmesh.engine.linear import Linear
+from kvmesh.engine.models.fused import rms_norm
 from kvmesh.engine.models.latent_config import Latent
-from kvmesh.engine.models.llama import Decoder, LayerWeights, rms_norm
+from kvmesh.engine.models.llama import Decoder, LayerWeights
 from kvmesh.engine.models.rope import rotate
 
 _LATENT_NORM_EPS = 1e-6
@@ -47,11 +48,11 @@ class LatentDecoder(Decoder):
         return self.config.latent
 
     def _attend(
-        self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+        self, index: int, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> Tensor:
         assert isinstance(layer, LatentLayerWeights)
         latent, rank = self.latent, self.latent.rank
-        projected = layer.qkv(self._norm(hidden, layer.attention_norm))
+        projected = layer.qkv(normed)
         query, entry = projected.tensor_split((projected.shape[-1] - latent.entry_dim,), dim=-1)
         q = self._queries(layer, query)
         rotated = rotate(torch.cat((q[..., latent.nope_dim :], entry[:, None, rank:]), dim=1), cos, sin)

@@ -5,6 +5,7 @@
 // and no allocation of blocks.
 
 #include "crew.hpp"
+#include "elementwise.hpp"
 #include "pool.hpp"
 
 namespace kvmesh {
