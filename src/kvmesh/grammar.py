@@ -30,7 +30,7 @@ def problem(grammar: Grammar) -> str:
         message = matcher.validate_grammar(source(grammar))
     except ValueError as error:
         message = str(error)
-    if not message or matcher.is_validate_warning(message):
+    if not message or message.startswith("WARNING"):
         return ""
     return f"cannot be used: {' '.join(message.split())[:300]}"
 

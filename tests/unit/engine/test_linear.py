@@ -12,6 +12,7 @@ from kvmesh.engine.linear.bf16 import OneDnnBf16, bf16
 from kvmesh.engine.linear.by_rows import ByRows
 from kvmesh.engine.linear.int4 import GROUP, Int4, fits, on_grid
 from kvmesh.engine.linear.int8 import TorchInt8, int8, quantise
+from kvmesh.engine.linear.smooth import Smoothed, scales, smooth_int8
 from kvmesh.engine.loading import load
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv.keys import fingerprint
@@ -123,14 +124,14 @@ def test_two_packings_share_the_work_by_rows():
 
 def test_auto_takes_int4_only_where_it_loses_nothing():
     auto = packing_of("auto").layer
-    assert isinstance(auto(q4_1(), None), ByRows)
-    assert not isinstance(auto(random(OUT, IN), None), ByRows)
-    assert not isinstance(auto(random(OUT, 48), None), ByRows)
+    assert isinstance(auto(q4_1(), None, None), ByRows)
+    assert not isinstance(auto(random(OUT, IN), None, None), ByRows)
+    assert not isinstance(auto(random(OUT, 48), None, None), ByRows)
 
 
 def test_shapes_that_int4_cannot_hold_are_bfloat16():
     assert not fits(random(OUT, 48))
-    product = packing_of("int4").layer(random(OUT, 48), None)
+    product = packing_of("int4").layer(random(OUT, 48), None, None)
     assert relative_error(product, random(OUT, 48), random(3, 48).bfloat16()) < 0.008
 
 
@@ -140,6 +141,28 @@ def test_the_measured_release_of_zentorch_is_the_only_one():
     assert not zen.usable("2.14.0", "2.13.0+cpu")
     assert not zen.usable("2.13.0.2", "2.12.1")
     assert not zen.usable(None, "2.13.0+cpu")
+
+
+def test_smoothing_saves_what_outliers_would_cost():
+    """Two channels are a hundred times larger than the rest and weigh little, as in a language model."""
+    weight, x = random(OUT, IN), random(64, IN)
+    x[:, [3, 40]] *= 100
+    weight[:, [3, 40]] /= 100
+    ranges = x.abs().amax(dim=0)
+    plain, smooth = smooth_int8(weight, None, None), smooth_int8(weight, None, ranges)
+    assert relative_error(smooth, weight, x.bfloat16()) < 0.5 * relative_error(plain, weight, x.bfloat16())
+
+
+def test_a_channel_never_seen_is_left_as_it_is():
+    weight, ranges = random(OUT, IN), torch.zeros(IN)
+    assert torch.equal(scales(weight, ranges), torch.ones(IN))
+    assert relative_error(smooth_int8(weight, None, ranges), weight, random(5, IN).bfloat16()) < 0.03
+
+
+def test_every_product_of_a_model_is_watched(folder):
+    model = load(folder, "bfloat16", precision="int8")
+    assert all(isinstance(layer.qkv, Smoothed) for layer in model.weights.layers)
+    assert not any(isinstance(layer.feed_forward.down, Smoothed) for layer in model.weights.layers)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

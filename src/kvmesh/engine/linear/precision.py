@@ -1,17 +1,16 @@
 """From the name of a precision to the products that hold it. Knows how good and fast they are, by measurement;
 measures nothing.
 
-| precision | layers                                              | activations and KV |
-|-----------|-----------------------------------------------------|--------------------|
-| float32   | dense, in the dtype asked for                       | that dtype         |
-| bf16      | prepacked bfloat16                                  | bfloat16           |
-| int8      | W8A8                                                | bfloat16           |
-| int4      | int4 up to 4 rows, bf16 for more                    | bfloat16           |
-| auto      | as int4 where int4 loses nothing, as bf16 elsewhere | bfloat16           |
+| precision | layers                                                        | activations and KV |
+|-----------|---------------------------------------------------------------|--------------------|
+| float32   | dense, in the dtype asked for                                 | that dtype         |
+| bf16      | prepacked bfloat16                                            | bfloat16           |
+| int8      | smoothed W8A8, but for `down` and the head, which are bf16    | bfloat16           |
+| int4      | int4 up to 4 rows, bf16 for more                              | bfloat16           |
+| auto      | int4 up to 4 rows where int4 loses nothing, int8 for the rest | bfloat16           |
 
-The head is bfloat16 in all but float32. Plain W8A8 is fast and no part of `auto`: outliers in activations make it cost
-SmolLM2 1.6 % of perplexity in the head alone, as much in qkv, 1.5 % in down, 0.7 % in gate and up (on three of the
-windows of bench/quality.py).
+The head is bfloat16 in all but float32. Outliers in activations make plain W8A8 cost SmolLM2 3.7 % of perplexity;
+smoothed it costs 1.2 %, of which `down` alone, whose inputs are products, 0.9 % (12 windows of bench/quality.py).
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from torch import Tensor
 from kvmesh.engine.linear.bf16 import bf16
 from kvmesh.engine.linear.by_rows import ByRows
 from kvmesh.engine.linear.dense import Dense
-from kvmesh.engine.linear.int4 import Grid, Int4, fits, on_grid
-from kvmesh.engine.linear.int8 import int8
+from kvmesh.engine.linear.int4 import Int4, fits, on_grid
 from kvmesh.engine.linear.interface import Linear
+from kvmesh.engine.linear.smooth import smooth_int8
 from kvmesh.errors import InvalidArgument
 
 Precision = Literal["float32", "bf16", "int8", "int4", "auto"]
@@ -36,16 +35,22 @@ INT4_ROWS = 4
 """With more rows than this, reading bfloat16 weights costs less than unpacking int4 ones: 12 against 17 ms for 4 rows
 of SmolLM2's layers on one Zen 4 core, 26 against 19 ms for 8."""
 
-Pack = Callable[[Tensor, Tensor | None], Linear]
+Pack = Callable[[Tensor, Tensor | None, Tensor | None], Linear]
+"""(weight `[out, in]`, bias, magnitude that each input channel reaches or None) -> product."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a model's projections and its head become products; `dense` ones keep the tensors as they are loaded."""
+    """How a model's projections become products; `down` is the one that leaves a feed-forward.
+
+    `dense` ones keep the tensors as they are loaded. `ranged` ones want to know how far activations reach.
+    """
 
     layer: Pack
+    down: Pack
     head: Pack
     dense: bool = False
+    ranged: bool = False
 
 
 def resolve_precision(precision: str, dtype: str, device: str = "cpu") -> str:
@@ -68,19 +73,36 @@ def resolve_precision(precision: str, dtype: str, device: str = "cpu") -> str:
 def packing_of(precision: str, device: str = "cpu") -> Packing:
     """The products of a resolved precision."""
     if device != "cpu" or precision == "float32":
-        return Packing(Dense, Dense, dense=True)
-    layer = {"bf16": bf16, "int8": int8, "int4": _int4_and_bf16, "auto": _exact_int4_and_bf16}[precision]
-    return Packing(layer, bf16)
+        return Packing(_dense, _dense, _dense, dense=True)
+    if precision == "int8":
+        return Packing(smooth_int8, _bf16, _bf16, ranged=True)
+    if precision == "auto":
+        return Packing(_exact_int4_or(smooth_int8), _exact_int4_or(_bf16), _bf16, ranged=True)
+    pack = {"bf16": _bf16, "int4": _int4_and_bf16}[precision]
+    return Packing(pack, pack, _bf16)
 
 
-def _int4_and_bf16(weight: Tensor, bias: Tensor | None) -> Linear:
-    return _both(on_grid(weight), bias) if fits(weight) else bf16(weight, bias)
+def _dense(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+    return Dense(weight, bias)
 
 
-def _exact_int4_and_bf16(weight: Tensor, bias: Tensor | None) -> Linear:
-    grid = on_grid(weight) if fits(weight) else None
-    return bf16(weight, bias) if grid is None or not grid.exact else _both(grid, bias)
+def _bf16(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+    return bf16(weight, bias)
 
 
-def _both(grid: Grid, bias: Tensor | None) -> Linear:
+def _int4_and_bf16(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+    if not fits(weight):
+        return bf16(weight, bias)
+    grid = on_grid(weight)
     return ByRows(Int4(grid, bias), bf16(grid.dequantised(), bias), INT4_ROWS)
+
+
+def _exact_int4_or(many: Pack) -> Pack:
+    """`many`, but for few rows int4 if the weight came from such a file."""
+
+    def pack(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+        grid = on_grid(weight) if fits(weight) else None
+        product = many(weight, bias, ranges)
+        return ByRows(Int4(grid, bias), product, INT4_ROWS) if grid and grid.exact else product
+
+    return pack

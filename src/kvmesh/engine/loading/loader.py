@@ -6,6 +6,8 @@ their own.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from kvmesh.engine.loading.feed_forward import load_feed_forward
 from kvmesh.engine.loading.latent import load_latent_attention, open_tensors
 from kvmesh.engine.loading.norms import load_norm, load_norms
 from kvmesh.engine.loading.projections import Projections
+from kvmesh.engine.loading.ranges import activation_ranges
 from kvmesh.engine.loading.tensors import TensorFolder
 from kvmesh.engine.models.config import DecoderConfig, parse
 from kvmesh.engine.models.fused import Fused, fused_for
@@ -49,9 +52,14 @@ def load(
     packing = packing_of(precision, device)
     matrices = tensors if packing.dense else open_tensors(folder.path, torch.float32, device, config)
     fused = fused_for(tensors.dtype, device)
-    weights = _weights(tensors, Projections(matrices, packing), config, first, end, fused)
-    decoder = LatentDecoder if config.latent else Decoder
-    return decoder(config, weights, tensors.dtype, first, fused)
+
+    def assemble(projections: Projections, first: int, end: int) -> Decoder:
+        weights = _weights(tensors, projections, config, first, end, fused)
+        return (LatentDecoder if config.latent else Decoder)(config, weights, tensors.dtype, first, fused)
+
+    whole = partial(assemble, first=0, end=config.layers)
+    ranges = activation_ranges(folder, tensors, whole) if packing.ranged else {}
+    return assemble(Projections(matrices, packing, ranges), first, end)
 
 
 def _weights(

@@ -50,7 +50,7 @@ class TorchFused:
 
 
 class NativeFused(TorchFused):
-    """Implements `Fused` for float32 and bfloat16 on a CPU; what the library does not take, as gradients, is torch's."""
+    """Implements `Fused` for float32 and bfloat16 on a CPU; what the library does not take is left to torch."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

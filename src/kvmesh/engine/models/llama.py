@@ -102,7 +102,7 @@ class Decoder:
         """`[rows, hidden]` to float32 `[rows, vocabulary]`; last stage only."""
         assert self.weights.head is not None
         assert self.weights.norm is not None
-        return self.weights.head(self._norm(hidden, self.weights.norm)).float()
+        return self.weights.head(self._add_norm(hidden, None, self.weights.norm)[1]).float()
 
     def _attend(
         self, index: int, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
