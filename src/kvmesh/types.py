@@ -265,3 +265,6 @@ class WorkerStatistics:
     published_raw_bytes_total: int = 0
     missed_chunks_total: int = 0
     recomputed_tokens_total: int = 0
+    power_watts: float = 0.0
+    energy_joules_total: float = 0.0
+    power_domain: str = ""

@@ -35,6 +35,7 @@ CONFIGS = {
     Role.KVSTORE: "KvStoreConfig",
     Role.PREFILL: "PrefillConfig",
     Role.DECODE: "DecodeConfig",
+    Role.MIXED: "MixedConfig",
     Role.ROUTER: "RouterConfig",
 }
 
@@ -107,10 +108,18 @@ class Mesh:
     """`async with Mesh(decode=2) as mesh:` starts all parts and waits until each is ready."""
 
     def __init__(
-        self, *, kvstore: int = 1, prefill: int = 1, decode: int = 1, router: int = 0, **settings: dict[str, Any]
+        self,
+        *,
+        kvstore: int = 1,
+        prefill: int = 1,
+        decode: int = 1,
+        mixed: int = 0,
+        router: int = 0,
+        **settings: dict[str, Any],
     ) -> None:
         """`settings`: config fields of all parts of a role, as in `decode_settings={"kv_blocks": 8}`."""
-        counts = {Role.KVSTORE: kvstore, Role.PREFILL: prefill, Role.DECODE: decode, Role.ROUTER: router}
+        workers = {Role.PREFILL: prefill, Role.DECODE: decode, Role.MIXED: mixed}
+        counts = {Role.KVSTORE: kvstore, **workers, Role.ROUTER: router}
         self._settings = {role: settings.pop(f"{role}_settings", {}) for role in counts}
         assert not settings, settings
         self._names = [(f"{role}-{number}", role) for role, count in counts.items() for number in range(count)]

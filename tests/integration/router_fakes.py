@@ -211,7 +211,7 @@ class RouterMesh:
     async def settle(self) -> None:
         """Waits until nothing of any request is left anywhere; says what is if that takes too long."""
         flow = self.router.flow
-        await until(lambda: not (len(flow.sessions) or len(flow.janitor) or flow.placement.assigned))
+        await until(lambda: not (len(flow.sessions) or len(flow.janitor) or flow.policy.assigned))
         assert flow.check_integrity() == []
         assert flow.gate.admission.running == flow.gate.admission.waiting == 0
 

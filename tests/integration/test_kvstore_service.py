@@ -3,124 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from inspect import isawaitable
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc.aio
-import numpy as np
 import pytest
 
 from kvmesh import redis_server
 from kvmesh.errors import InvalidArgument, NotFound, Unavailable
-from kvmesh.kv.bitstream import decode, encode
-from kvmesh.kv.client import StoreClient
-from kvmesh.kv.index import ChunkIndex
-from kvmesh.kv.ticket import write_ticket
-from kvmesh.registry import Registry
-from kvmesh.rpc.channel import ChannelPool
+from kvmesh.kv.bitstream import decode
 from kvmesh.rpc.stream import stream, unary
-from kvmesh.types import CHUNK_TOKENS, ChunkSource, KvTicket, Role
+from kvmesh.types import CHUNK_TOKENS, KvTicket, Role
 from kvmesh.v1 import common_pb2, common_pb2_grpc
 from kvmesh.v1 import kvstore_pb2 as pb
 from kvmesh.v1 import kvstore_pb2_grpc as grpc_pb
-from kvmesh_kvstore.config import KvStoreConfig
-from kvmesh_kvstore.process import KvStoreProcess, kvstore
-
-CHUNK = 2 * 2 * CHUNK_TOKENS * 1 * 8 * 4 + 64
-
-
-class Mesh:
-    """Stores that come and go, a client for them, and their index."""
-
-    def __init__(self, redis: redis_server.RedisServer, stack: AsyncExitStack) -> None:
-        self.redis_url = redis.url
-        self._stack = stack
-        self.channels = ChannelPool()
-        self.client = StoreClient(self.channels, timeout=5.0)
-        self.registry = Registry(redis.url)
-        self.index = ChunkIndex(self.registry.redis)
-
-    @asynccontextmanager
-    async def running(self, name: str, **settings) -> AsyncIterator[KvStoreProcess]:
-        stall = settings.pop("stall_seconds", 30.0)
-        config = KvStoreConfig(redis_url=self.redis_url, worker_id=name, **{"memory_bytes": 4 * CHUNK, **settings})
-        async with kvstore(config, stall_seconds=stall) as process:
-            yield process
-
-    async def start(self, name: str = "store", **settings) -> KvStoreProcess:
-        return await self._stack.enter_async_context(self.running(name, **settings))
-
-    def stub(self, process: KvStoreProcess) -> grpc_pb.KvStoreServiceAsyncStub:
-        return grpc_pb.KvStoreServiceStub(self.channels.get(process.info.address))
-
-    async def get(self, ticket: KvTicket, timeout: float = 5.0) -> list[bytes | None]:
-        async with aclosing(self.client.get(ticket, ticket.chunks, timeout_per_chunk=timeout)) as chunks:
-            found = [(chunk, bitstream) async for chunk, bitstream in chunks]
-        assert [chunk for chunk, _ in found] == [*ticket.chunks]
-        return [bitstream for _, bitstream in found]
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[redis_server.RedisServer]:
-    with redis_server.start() as server:
-        yield server
+from kvmesh_kvstore.process import KvStoreProcess
+from tests.integration.stores import CHUNK, Stores, assert_clean, bitstream, eventually, fill, ticket_for
 
 
 @pytest.fixture
-async def mesh(redis) -> AsyncIterator[Mesh]:
-    async with AsyncExitStack() as stack:
-        mesh = Mesh(redis, stack)
-        await mesh.registry.redis.flushall()
-        stack.push_async_callback(mesh.registry.close)
-        stack.push_async_callback(mesh.channels.close)
-        yield mesh
+def mesh(kvstores: Stores) -> Stores:
+    return kvstores
 
 
-def bitstream(i: int, tokens: int = CHUNK_TOKENS) -> bytes:
-    return encode(np.full((2, 2, tokens, 1, 8), i, "<f4"), "float32", 0)
-
-
-def ticket_for(*stores: KvStoreProcess, tokens: int = 2 * CHUNK_TOKENS, salt: str = "", ttl: float = 30.0) -> KvTicket:
-    return write_ticket(
-        fingerprint="f",
-        salt=salt,
-        tokens=range(tokens),
-        layers=(0, 2),
-        sources=[ChunkSource(store.info.worker_id, store.info.address) for store in stores],
-        lease_id=secrets.token_hex(8),
-        ttl_ms=int(1000 * ttl),
-    )
-
-
-async def fill(mesh: Mesh, ticket: KvTicket) -> list[bytes]:
-    """Acquires the lease and puts every chunk."""
-    await mesh.client.acquire(ticket)
-    sent = [bitstream(i, chunk.tokens) for i, chunk in enumerate(ticket.chunks)]
-    for i, data in enumerate(sent):
-        assert await mesh.client.put(ticket, i, data, timeout=5.0)
-    return sent
-
-
-async def assert_clean(process: KvStoreProcess, chunks: int | None = None) -> None:
-    assert await process.vault.check_integrity() == []
-    assert len(process.vault.store.leases) == 0
-    assert chunks is None or len(process.vault.store) == chunks
-
-
-async def eventually(condition) -> None:
-    """Waits for what other tasks bring about; the test's timeout bounds it."""
-    async with asyncio.timeout(10.0):
-        while True:
-            met = condition()
-            if await met if isawaitable(met) else met:
-                return
-            await asyncio.sleep(0.01)
-
-
-async def put_raw(mesh: Mesh, process: KvStoreProcess, *requests: pb.PutChunksRequest) -> pb.PutChunksResponse:
+async def put_raw(mesh: Stores, process: KvStoreProcess, *requests: pb.PutChunksRequest) -> pb.PutChunksResponse:
     return await unary(mesh.stub(process).PutChunks(iter(requests), timeout=5.0))
 
 
@@ -314,7 +221,7 @@ async def test_the_disk_takes_what_memory_cannot_and_keeps_it_over_a_restart(mes
         assert store.vault.store.disk.used == 3 * CHUNK + len(sent[-1]) or store.vault.store.disk.used >= 3 * CHUNK
         assert await mesh.get(ticket) == sent
         assert await store.vault.check_integrity() == []
-        on_disk = {entry.key for entry in store.vault.store.disk.entries.values() if entry.owner is None}
+        on_disk = {entry.key for entry in store.vault.store.disk if entry.owner is None}
         await store.drain(1.0)
     async with mesh.running("store", **settings) as store:
         assert set(store.vault.store.shared_keys()) == on_disk
@@ -364,7 +271,7 @@ async def test_a_damaged_file_is_a_counted_miss_and_is_dropped(mesh, tmp_path, h
     await eventually(lambda: matches(mesh, ticket, 1))
 
 
-async def matches(mesh: Mesh, ticket: KvTicket, count: int) -> bool:
+async def matches(mesh: Stores, ticket: KvTicket, count: int) -> bool:
     return await mesh.index.match([chunk.key for chunk in ticket.chunks]) == count
 
 
@@ -373,7 +280,7 @@ async def test_damage_in_memory_is_noticed(mesh):
     ticket = ticket_for(store)
     await fill(mesh, ticket)
     await mesh.client.release(ticket)
-    memory = store.vault._memory
+    memory = store.vault._blobs.memory
     memory[next(iter(memory))] = b"x" * CHUNK
     assert await mesh.get(ticket) == [None, bitstream(1)]
     await assert_clean(store, chunks=1)
@@ -437,7 +344,7 @@ async def test_without_redis_it_serves_and_announces_all_when_redis_is_back(tmp_
     with redis_server.start() as first:
         port = first.port
     async with AsyncExitStack() as stack:
-        mesh = Mesh(first, stack)
+        mesh = Stores(first, stack)
         stack.push_async_callback(mesh.channels.close)
         stack.push_async_callback(mesh.registry.close)
         store = await mesh.start(memory_bytes=2 * CHUNK + 1000)

@@ -33,6 +33,7 @@ class Started:
     fetched_tokens: int
     recomputed_tokens: int
     reason: str
+    imported: Imported
 
 
 Send = Callable[[Started | list[TokenBatch]], Awaitable[None]]
@@ -53,29 +54,37 @@ class Decode:
             async with self._worker.leases.hold(job.ticket, hand_over=False) as granted:
                 cached = (await session.admitted()).cached_tokens
                 admitted = time.monotonic()
-                imported = await self._load(job, granted, cached)
-            await send(_started(job, cached, imported, admitted - arrived, time.monotonic() - admitted))
-            await self._relay(job, session, send)
+                limit = None if job.ttft_budget is None else arrived + job.ttft_budget
+                imported = await self._load(job, granted, cached, limit)
+            started = _started(job, cached, imported, admitted - arrived, time.monotonic() - admitted)
+            self._worker.traffic.recomputed_tokens += started.recomputed_tokens if job.chunks else 0
+            await send(started)
+            await self._relay(job, session, send, max(cached, imported.end))
 
-    async def _load(self, job: Job, granted: bool, cached: int) -> Imported:
+    async def _load(self, job: Job, granted: bool, cached: int, limit: float | None) -> Imported:
         """Fetches what the local pool lacks and starts the request."""
         if job.ticket is None or not job.chunks:
             return Imported(cached, reason=NO_TICKET)
-        imported = await self._fetch(job, job.ticket, cached) if granted else Imported(cached, reason=NO_SOURCE)
+        imported = await self._fetch(job, job.ticket, cached, limit) if granted else Imported(cached, reason=NO_SOURCE)
         await self._worker.engine.start(job.request_id, imported.end)
         return imported
 
-    async def _fetch(self, job: Job, ticket: KvTicket, cached: int) -> Imported:
+    async def _fetch(self, job: Job, ticket: KvTicket, cached: int, limit: float | None) -> Imported:
         wanted = [chunk for chunk in ticket.chunks if chunk.end > cached] if cached < job.loadable_tokens else []
         if not wanted:
             return Imported(cached)
-        return await self._worker.importer.fetch(job.request_id, ticket, wanted, cached)
+        prompt = len(job.prompt)
+        return await self._worker.importer.fetch(job.request_id, ticket, wanted, cached, prompt=prompt, limit=limit)
 
-    async def _relay(self, job: Job, session: Session, send: Send) -> None:
+    async def _relay(self, job: Job, session: Session, send: Send, computed: int) -> None:
         """The first token at once, then whatever became ready while the last message was on its way."""
         running = {sample.index for sample in job.samples}
         while running:
             ready = batches(await session.events())
+            if ready and computed < len(job.prompt):
+                began = session.computing_at or time.monotonic()
+                self._worker.traffic.compute.observe(computed, len(job.prompt), time.monotonic() - began)
+                computed = len(job.prompt)
             if ready:
                 await send(ready)
             running -= {batch.index for batch in ready if batch.finish_reason}
@@ -85,7 +94,8 @@ def _started(job: Job, cached: int, imported: Imported, queued: float, transfer:
     local = min(cached, len(job.prompt))
     fetched = max(0, min(imported.end, len(job.prompt)) - local)
     recomputed = recomputed_tokens(job, max(cached, imported.end))
-    return Started(queued, transfer, local, fetched, recomputed, (imported.reason or SHORT) if recomputed else "")
+    reason = (imported.reason or SHORT) if recomputed else ""
+    return Started(queued, transfer, local, fetched, recomputed, reason, imported)
 
 
 def recomputed_tokens(job: Job, computed: int) -> int:

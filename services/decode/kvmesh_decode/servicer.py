@@ -14,7 +14,7 @@ from kvmesh.rpc.deadline import deadline_of
 from kvmesh.types import TokenBatch
 from kvmesh.v1 import decode_pb2 as pb
 from kvmesh.v1 import decode_pb2_grpc
-from kvmesh.worker.convert import job_from_proto
+from kvmesh.worker.convert import fetched_to_proto, job_from_proto
 from kvmesh.worker.outbox import Outbox
 from kvmesh.worker.worker import DEFAULT_DEADLINE, Worker
 from kvmesh_decode.decode import Decode, Started
@@ -73,4 +73,5 @@ def _started(started: Started) -> pb.DecodeStarted:
         fetched_tokens=started.fetched_tokens,
         recomputed_tokens=started.recomputed_tokens,
         recompute_reason=started.reason,
+        fetched=fetched_to_proto(started.imported),
     )

@@ -1,16 +1,22 @@
-"""Which chunk makes way for another: leaf-first LRU over two tiers.
+"""Which chunk makes way for another: leaf-first, on trial before proven, least recently used, over two tiers.
 
 Pure: looks at the shelves, decides one step at a time and changes nothing. A chunk may be evicted only if no lease pins
-it, nobody reads it and no stored chunk names it as parent, for a chunk without its prefix is of no use to anybody.
+it, nobody reads it and no chunk of its tenant names it as parent, for one without its prefix is of no use to anybody.
 Demotion to disk loses nothing, so it may move any chunk; unpinned ones first, the others are about to be fetched.
+
+With a quota, a tenant that would exceed it gives of its own, and where room is short nevertheless the tenant who has
+most gives first (max-min fairness): flooding the store costs the flooder, and nobody below its quota while the quotas
+of those present fit into the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from kvmesh_kvstore.chunks import Entry, Shelf, Tier
+from kvmesh_kvstore.chunks import Entry, Offer, Tier
+from kvmesh_kvstore.shelves import Accounts, Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +42,67 @@ Decision = Place | Demote | Evict
 
 
 class Eviction:
-    """`children` counts, for each key, the stored chunks that name it as parent."""
+    """`children` counts, for each tenant and key, his chunks that name it as parent."""
 
-    def __init__(self, memory: Shelf, disk: Shelf, children: Mapping[bytes, int]) -> None:
-        self._memory, self._disk, self._children = memory, disk, children
+    def __init__(
+        self, memory: Shelf, disk: Shelf, accounts: Accounts, children: Mapping[tuple[bytes, bytes], int]
+    ) -> None:
+        self._memory, self._disk, self._accounts, self._children = memory, disk, accounts, children
 
-    def place(self, size: int) -> Decision | None:
-        """The next step towards room for `size` bytes; None: no tier is that large, or what is here must stay."""
-        if size <= self._memory.budget:
-            return Place(Tier.MEMORY) if self._memory.has_room(size) else self._relieve_memory()
-        if size <= self._disk.budget:
-            return Place(Tier.DISK) if self._disk.has_room(size) else _evict(self.leaf(self._disk))
-        return None
+    def place(self, offer: Offer) -> Decision | None:
+        """The next step towards room for a chunk; None: no tier or quota is that large, or what is here must stay."""
+        if not self.could_ever_place(offer.size):
+            return None
+        if self._accounts.would_exceed(offer):
+            return _evict(self._first_free(self._accounts.of(offer.tenant)))
+        if offer.size <= self._memory.budget:
+            return Place(Tier.MEMORY) if self._memory.has_room(offer.size) else self._relieve_memory(offer)
+        return Place(Tier.DISK) if self._disk.has_room(offer.size) else _evict(self.leaf(offer, self._disk))
+
+    def could_ever_place(self, size: int) -> bool:
+        """Is some tier that large, and the quota?"""
+        quota = self._accounts.quota
+        return size <= max(self._memory.budget, self._disk.budget) and (quota is None or size <= quota)
 
     def promote(self, entry: Entry) -> Decision | None:
         """How a chunk on disk that was just read can come up without anything being lost: room, or a swap with one."""
         if self._memory.has_room(entry.size):
             return Place(Tier.MEMORY)
-        victim = next((e for e in self._memory.entries.values() if not e.pins), None)
+        victim = next((e for e in self._memory if not e.pins), None)
         if victim is None:
             return None
         fits_up = self._memory.has_room(entry.size - victim.size)
         fits_down = self._disk.has_room(victim.size - entry.size)
         return Demote(victim) if fits_up and fits_down else None
 
-    def leaf(self, shelf: Shelf) -> Entry | None:
-        """The least recently used chunk of the shelf that nothing needs."""
-        return next((entry for entry in shelf.entries.values() if self._free(entry)), None)
+    def leaf(self, offer: Offer | None, *shelves: Shelf) -> Entry | None:
+        """The first to go of what nothing needs on these shelves, where room is wanted for `offer`."""
+        if self._accounts.quota is None:
+            return self._first_free(chain.from_iterable(shelves))
+        accounts = chain.from_iterable(self._accounts.heaviest_first(offer))
+        tiers = {shelf.tier for shelf in shelves}
+        return self._first_free(entry for entry in accounts if entry.tier in tiers)
 
-    def _relieve_memory(self) -> Decision | None:
-        unpinned = (entry for entry in self._memory.entries.values() if not entry.pins)
-        victim = next(unpinned, None) or next(iter(self._memory.entries.values()))
+    def beyond_quota(self) -> Entry | None:
+        """The first to go of a tenant that has more than its quota."""
+        quota = self._accounts.quota
+        above = (account for _, account in self._accounts if quota is not None and account.used > quota)
+        return self._first_free(chain.from_iterable(above))
+
+    def free(self, entry: Entry) -> bool:
+        """Does nothing need it?"""
+        return not entry.pins and not entry.readers and not self._children.get(entry.continued_as)
+
+    def _first_free(self, entries: Iterable[Entry]) -> Entry | None:
+        return next(filter(self.free, entries), None)
+
+    def _relieve_memory(self, offer: Offer) -> Decision | None:
+        unpinned = (entry for entry in self._memory if not entry.pins)
+        victim = next(unpinned, None) or next(iter(self._memory))
         if self._disk.has_room(victim.size):
             return Demote(victim)
-        below = self.leaf(self._disk) if victim.size <= self._disk.budget else None
-        return _evict(below or self.leaf(self._memory))
-
-    def _free(self, entry: Entry) -> bool:
-        return not entry.pins and not entry.readers and not self._children.get(entry.key)
+        shelves = (self._disk, self._memory) if victim.size <= self._disk.budget else (self._memory,)
+        return _evict(self.leaf(offer, *shelves))
 
 
 def _evict(entry: Entry | None) -> Evict | None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv.bitstream import MAX_BITSTREAM_BYTES
 from kvmesh.kv.keys import KEY_BYTES
+from kvmesh.types import TENANT_BYTES
 from kvmesh_kvstore.chunks import Offer
 
 MAX_FRAME_BYTES = 1 << 20
+MAX_KEYS = 4096
 MAX_NAME_CHARACTERS = 128
 
 
@@ -40,6 +42,7 @@ class Assembly:
         self._require(offer.parent == b"" or len(offer.parent) == KEY_BYTES, "parent_key", "must be 32 bytes or empty")
         self._require(offer.parent != offer.key, "parent_key", "must not be the key itself")
         self._require(0 < offer.size <= MAX_BITSTREAM_BYTES, "size", f"must be in [1, {MAX_BITSTREAM_BYTES}]")
+        self._require(len(offer.tenant) in (0, TENANT_BYTES), "tenant", f"must be {TENANT_BYTES} bytes or empty")
         named = 0 < len(offer.fingerprint) <= MAX_NAME_CHARACTERS
         self._require(named, "fingerprint", f"must have 1 to {MAX_NAME_CHARACTERS} characters")
 

@@ -25,6 +25,8 @@ class Meter:
             chunks=len(store),
             memory_bytes=store.memory.used,
             disk_bytes=store.disk.used,
+            raw_bytes=store.raw_bytes,
+            chunks_by_quality=dict(store.qualities),
             requests_total=counters.hits + counters.misses,
             hits_total=counters.hits,
             misses_total=counters.misses,

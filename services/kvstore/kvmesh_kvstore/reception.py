@@ -58,7 +58,7 @@ class Reception:
         store = self._vault.store
         if store.exists(offer, self._lease_id, self._vault.now):
             return PutStatus.EXISTS
-        if offer.size > max(store.memory.budget, store.disk.budget) or not self._allowance.take(offer.size):
+        if not store.could_ever_place(offer) or not self._allowance.take(offer.size):
             return PutStatus.FULL
         self._taken = offer.size
         return None

@@ -19,14 +19,14 @@ from kvmesh.kv import bitstream
 from kvmesh.kv.codec import CODECS
 from kvmesh.v1 import kvstore_pb2 as pb
 from kvmesh.v1 import kvstore_pb2_grpc as grpc_pb
-from kvmesh_kvstore.chunks import Offer
+from kvmesh_kvstore.admin import TIER
+from kvmesh_kvstore.chunks import Entry, Offer
 from kvmesh_kvstore.events import EventType
-from kvmesh_kvstore.incoming import MAX_FRAME_BYTES, MAX_NAME_CHARACTERS, check_key
+from kvmesh_kvstore.incoming import MAX_FRAME_BYTES, MAX_KEYS, MAX_NAME_CHARACTERS, check_key
 from kvmesh_kvstore.leases import MAX_TTL
 from kvmesh_kvstore.reception import Allowance, Reception
 from kvmesh_kvstore.vault import PutStatus, Vault
 
-MAX_KEYS = 4096
 STALL_SECONDS = 30.0
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -59,8 +59,12 @@ class KvStoreServicer(grpc_pb.KvStoreServiceServicer, grpc_pb.ChunkSourceService
     ) -> pb.FindMissingChunksResponse:
         _check_keys(request.keys)
         lease_id = request.lease_id if request.HasField("lease_id") else None
-        missing = self._vault.store.find_missing(request.keys, lease_id, self._vault.now)
+        missing = await self._vault.find_missing(request.keys, lease_id)
         return pb.FindMissingChunksResponse(missing_keys=missing)
+
+    async def StatChunks(self, request: pb.StatChunksRequest, context: Context) -> pb.StatChunksResponse:
+        _check_keys(request.keys)
+        return pb.StatChunksResponse(chunks=[_stat(key, self._vault.store.peek(key)) for key in request.keys])
 
     async def PutChunks(self, requests: AsyncIterator[pb.PutChunksRequest], context: Context) -> pb.PutChunksResponse:
         reception: Reception | None = None
@@ -82,12 +86,19 @@ class KvStoreServicer(grpc_pb.KvStoreServiceServicer, grpc_pb.ChunkSourceService
     async def GetChunks(self, request: pb.GetChunksRequest, context: Context) -> None:  # type: ignore[override]
         _check_keys(request.keys)
         for key in request.keys:
-            chunk = await self._vault.read(key) or b""
-            status = pb.CHUNK_STATUS_OK if chunk else pb.CHUNK_STATUS_MISSING
-            header = pb.GetChunkHeader(key=key, status=status, size=len(chunk))
+            if (chunk := await self._vault.read(key)) is None:
+                missing = pb.GetChunkHeader(key=key, status=pb.CHUNK_STATUS_MISSING)
+                await self._send(context, pb.GetChunksResponse(header=missing))
+                continue
+            traits, bitstream = chunk
+            end = traits.end(request.quality_layers)
+            header = pb.GetChunkHeader(
+                key=key, status=pb.CHUNK_STATUS_OK, size=end, layer_ends=traits.layer_ends, codec_id=traits.codec
+            )
             await self._send(context, pb.GetChunksResponse(header=header))
-            for start in range(0, len(chunk), MAX_FRAME_BYTES):
-                await self._send(context, pb.GetChunksResponse(data=chunk[start : start + MAX_FRAME_BYTES]))
+            for start in range(0, end, MAX_FRAME_BYTES):
+                part = bitstream[start : min(start + MAX_FRAME_BYTES, end)]
+                await self._send(context, pb.GetChunksResponse(data=part))
 
     async def AcquireLease(self, request: pb.AcquireLeaseRequest, context: Context) -> pb.AcquireLeaseResponse:
         _check_lease(request.lease_id, request.ttl_ms)
@@ -153,7 +164,22 @@ async def _unstalled(
 
 
 def _offer(header: pb.PutChunkHeader) -> Offer:
-    return Offer(header.key, header.fingerprint, header.size, header.parent_key, header.tail)
+    return Offer(header.key, header.fingerprint, header.size, header.parent_key, header.tail, header.tenant)
+
+
+def _stat(key: bytes, entry: Entry | None) -> pb.ChunkStat:
+    if entry is None:
+        return pb.ChunkStat(key=key)
+    traits = entry.traits
+    return pb.ChunkStat(
+        key=key,
+        present=True,
+        size=entry.size,
+        layer_ends=traits.layer_ends,
+        codec_id=traits.codec,
+        tier=TIER[entry.tier],
+        leases=len(entry.pins),
+    )
 
 
 def _lease_of(request: pb.PutChunksRequest) -> str | None:

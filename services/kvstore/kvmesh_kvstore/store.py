@@ -3,7 +3,8 @@
 Pure and synchronous: neither asyncio, grpc nor a blob; time is an argument, in seconds. Whoever owns the blobs asks
 `place()` what to do, does it, reports it here, and asks again until there is room.
 
-Ownership: a chunk is pinned by any number of leases; a tail is owned by one and goes with it.
+Ownership: a chunk is pinned by any number of leases; a tail is owned by one and goes with it. A chunk is on trial until
+a second request asks for it; two requests are told apart by their leases. Whether the books agree: `integrity`.
 """
 
 from __future__ import annotations
@@ -11,39 +12,53 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvmesh.errors import InvalidArgument
-from kvmesh_kvstore.chunks import Entry, Offer, Shelf, Tier
+from kvmesh_kvstore.chunks import Entry, Offer, Tier, Traits
 from kvmesh_kvstore.eviction import Decision, Eviction
 from kvmesh_kvstore.leases import LeaseTable
+from kvmesh_kvstore.shelves import Accounts, Ghosts, Shelf
 
 
 @dataclass(slots=True)
 class Counters:
-    """Of reads: hits and misses, damaged ones among the misses. Of room: evictions, demotions and promotions."""
+    """Of reads: hits and misses, damaged ones among the misses. Of moves between tiers: demotions and promotions."""
 
     hits: int = 0
     misses: int = 0
     damaged: int = 0
-    evictions: int = 0
     demotions: int = 0
     promotions: int = 0
 
 
 class ChunkStore:
-    """Budgets in bytes of bitstreams; a budget of 0 turns the tier off."""
+    """Budgets in bytes of bitstreams; a budget of 0 turns the tier off. `quota`: of each tenant, None for no limit."""
 
-    def __init__(self, memory_bytes: int, disk_bytes: int = 0, leases: LeaseTable | None = None) -> None:
-        self.memory, self.disk = Shelf(memory_bytes), Shelf(disk_bytes)
+    def __init__(
+        self, memory_bytes: int, disk_bytes: int = 0, leases: LeaseTable | None = None, quota: int | None = None
+    ) -> None:
+        self.memory, self.disk = Shelf(Tier.MEMORY, memory_bytes), Shelf(Tier.DISK, disk_bytes)
+        self.accounts = Accounts(quota)
         self.leases = LeaseTable() if leases is None else leases
         self.counters = Counters()
+        self.children: Counter[tuple[bytes, bytes]] = Counter()
+        self.qualities: Counter[str] = Counter()
+        self.raw_bytes = 0
         self._entries: dict[bytes, Entry] = {}
-        self._children: Counter[bytes] = Counter()
-        self._eviction = Eviction(self.memory, self.disk, self._children)
+        self._eviction = Eviction(self.memory, self.disk, self.accounts, self.children)
+        self._ghosts = Ghosts()
         self._serial = 0
+
+    @property
+    def shelves(self) -> tuple[Shelf, Shelf]:
+        return self.memory, self.disk
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
 
     def __contains__(self, entry: Entry) -> bool:
         """Is this very chunk here, not another of its key?"""
@@ -85,32 +100,53 @@ class ChunkStore:
         """Touches a chunk."""
         entry = self._entries.get(key)
         if entry is not None:
-            self._shelf(entry.tier).entries.move_to_end(key)
+            self.shelf(entry.tier).touch(entry)
+            self.accounts.touch(entry)
         return entry
 
     # Coming, moving, going
 
-    def place(self, size: int) -> Decision | None:
-        """The next step towards room for `size` bytes; None: no tier is that large, or all that is here must stay."""
-        return self._eviction.place(size)
+    def place(self, offer: Offer) -> Decision | None:
+        """The next step towards room for a chunk; None: it is too large, or all that is here must stay."""
+        return self._eviction.place(offer)
+
+    def could_ever_place(self, offer: Offer) -> bool:
+        return self._eviction.could_ever_place(offer.size)
+
+    def has_room(self, offer: Offer) -> bool:
+        """Without anything being evicted?"""
+        return any(shelf.has_room(offer.size) for shelf in self.shelves) and not self.accounts.would_exceed(offer)
+
+    def free(self, entry: Entry) -> bool:
+        """May it be evicted?"""
+        return entry in self and self._eviction.free(entry)
 
     def promotion(self, entry: Entry) -> Decision | None:
         """How a chunk on disk may come up to memory; None: not now."""
         return self._eviction.promote(entry) if entry in self and entry.tier is Tier.DISK else None
 
-    def draft(self, offer: Offer, tier: Tier, lease_id: str | None) -> Entry:
+    def peek(self, key: bytes) -> Entry | None:
+        """A chunk, not touched."""
+        return self._entries.get(key)
+
+    def draft(self, offer: Offer, traits: Traits, tier: Tier, lease_id: str | None) -> Entry:
         """A chunk that is not here yet: its blob is to be written under this serial first."""
         self._serial += 1
-        return Entry(offer, self._serial, tier, owner=lease_id if offer.tail else None)
+        return Entry(offer, traits, self._serial, tier, owner=lease_id if offer.tail else None)
 
     def insert(self, entry: Entry, lease_id: str | None, now: float) -> None:
         """A chunk whose blob is whole. Raises NotFound: its lease has expired meanwhile."""
         if lease_id is not None:
             self.leases.live(lease_id, now)
+        entry.hot = self._ghosts.take(entry.key)
         self._entries[entry.key] = entry
-        self._shelf(entry.tier).add(entry)
-        self._children[entry.offer.parent] += 1
-        self._hold(entry.key, lease_id)
+        self.shelf(entry.tier).add(entry)
+        self.accounts.add(entry)
+        self.children[entry.offer.continues] += 1
+        self.qualities[entry.traits.quality] += 1
+        self.raw_bytes += entry.traits.raw_bytes
+        if lease_id is not None:
+            self._pin(entry, lease_id)
 
     def restore(self, entry: Entry) -> bool:
         """A chunk found on disk at start, the least recently used first; False if another blob of its key is known."""
@@ -121,22 +157,36 @@ class ChunkStore:
         return True
 
     def excess(self) -> Entry | None:
-        """What is to go because the disk holds more than its budget, which may have shrunk since."""
-        return None if self.disk.has_room(0) else self._eviction.leaf(self.disk)
+        """What is to go because the disk or a tenant has more than its budget, which may have shrunk since."""
+        if not self.disk.has_room(0):
+            return self._eviction.leaf(None, self.disk)
+        return self._eviction.beyond_quota()
 
     def move(self, entry: Entry, tier: Tier) -> None:
         """The blob is now in the other tier."""
-        self._shelf(entry.tier).discard(entry)
+        self.shelf(entry.tier).discard(entry)
         entry.tier = tier
-        self._shelf(tier).add(entry)
+        self.shelf(tier).add(entry)
+
+    def evict(self, entry: Entry) -> bool:
+        """Forgets a chunk to make room; False if it is not here any more."""
+        if not self.remove(entry):
+            return False
+        self.shelf(entry.tier).evictions += 1
+        if not entry.hot:
+            self._ghosts.add(entry.key)
+        return True
 
     def remove(self, entry: Entry) -> bool:
         """Forgets a chunk, whoever pins it, before its blob goes; False if it is not here any more."""
         if entry not in self:
             return False
         del self._entries[entry.key]
-        self._shelf(entry.tier).discard(entry)
-        self._disown(entry.offer.parent)
+        self.shelf(entry.tier).discard(entry)
+        self.accounts.discard(entry)
+        _take(self.children, entry.offer.continues)
+        _take(self.qualities, entry.traits.quality)
+        self.raw_bytes -= entry.traits.raw_bytes
         for lease_id in entry.pins:
             self.leases[lease_id].pins.discard(entry.key)
         return True
@@ -155,60 +205,38 @@ class ChunkStore:
         """Ends every lease that ran out: the tails that went with them, whose blobs are to go."""
         return [tail for lease_id in self.leases.late(now) for tail in self.release(lease_id) or ()]
 
-    # Checking
-
-    def check_integrity(self) -> list[str]:
-        """What is wrong with the books; empty is good."""
-        return [*self._shelf_errors(), *self._entry_errors(), *self._children_errors()]
-
-    def _shelf_errors(self) -> Iterator[str]:
-        for tier in Tier:
-            shelf = self._shelf(tier)
-            if shelf.used != sum(entry.size for entry in shelf.entries.values()):
-                yield f"{tier}: {shelf.used} bytes in the books are not those of its chunks"
-            if shelf.used > shelf.budget:
-                yield f"{tier}: {shelf.used} bytes are more than the budget of {shelf.budget}"
-        if len(self._entries) != len(self.memory.entries) + len(self.disk.entries):
-            yield "some chunk is not in exactly one tier"
-
-    def _entry_errors(self) -> Iterator[str]:
-        holders = self.leases.holders()
-        if stray := holders.keys() - self._entries.keys():
-            yield f"leases pin {len(stray)} chunks that are not here"
-        for key, entry in self._entries.items():
-            name = key.hex()[:12]
-            if self._shelf(entry.tier).entries.get(key) is not entry:
-                yield f"{name} is not in {entry.tier}"
-            if entry.pins != holders.get(key, set()):
-                yield f"{name} is pinned by other leases than say so"
-            if entry.offer.tail != (entry.owner is not None) or (entry.owner and entry.owner not in entry.pins):
-                yield f"{name} is a tail that no lease owns"
-            if entry.readers < 0:
-                yield f"{name} has {entry.readers} readers"
-
-    def _children_errors(self) -> Iterator[str]:
-        if self._children != Counter(entry.offer.parent for entry in self._entries.values()):
-            yield "children counts are not those of the chunks"
+    def shelf(self, tier: Tier) -> Shelf:
+        return self.memory if tier is Tier.MEMORY else self.disk
 
     def _hold(self, key: bytes, lease_id: str | None) -> bool:
+        """A request asks for a chunk: it is touched, pinned, and no longer on trial if this is not who put it."""
         entry = self.get(key)
-        if entry is not None and lease_id is not None:
-            entry.pins.add(lease_id)
-            self.leases[lease_id].pins.add(key)
-        return entry is not None
+        if entry is None:
+            return False
+        if lease_id is None or lease_id not in entry.pins:
+            self.shelf(entry.tier).promote(entry)
+        if lease_id is not None:
+            self._pin(entry, lease_id)
+        return True
+
+    def _pin(self, entry: Entry, lease_id: str) -> None:
+        entry.pins.add(lease_id)
+        self.leases[lease_id].pins.add(entry.key)
 
     def _descends_from_itself(self, offer: Offer) -> bool:
         """Such a ring would have no leaf and never go. Only a chunk that comes after its children can close one."""
-        ancestor = offer.parent if self._children[offer.key] else b""
+        ancestor = offer.parent if self.children[offer.tenant, offer.key] else b""
         while ancestor not in (b"", offer.key):
             known = self._entries.get(ancestor)
-            ancestor = known.offer.parent if known else b""
+            ancestor = known.offer.parent if known and known.offer.tenant == offer.tenant else b""
         return ancestor == offer.key
 
-    def _disown(self, parent: bytes) -> None:
-        self._children[parent] -= 1
-        if not self._children[parent]:
-            del self._children[parent]
 
-    def _shelf(self, tier: Tier) -> Shelf:
-        return self.memory if tier is Tier.MEMORY else self.disk
+T = TypeVar("T")
+
+
+def _take(counter: Counter[T], item: T) -> None:
+    """One less, and no zeros left behind."""
+    counter[item] -= 1
+    if not counter[item]:
+        del counter[item]

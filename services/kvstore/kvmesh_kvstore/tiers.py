@@ -3,7 +3,7 @@
 Everything here blocks: the disk's methods belong in a pool. Blobs are named by key and serial, so that deleting an old
 blob can never hit a newer one of the same key. Knows no lease, no budget and no order of eviction.
 
-A file is one header (the offer, with a CRC-32 of its own) and the bitstream. It is written under another name and then
+A file is a label and the bitstream. It is written under another name and then
 renamed: a file that has its final name is whole, and `scan` after a crash finds no half of one.
 """
 
@@ -12,30 +12,25 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import crc32
 
 from kvmesh.errors import Unavailable
-from kvmesh_kvstore.chunks import Entry, Offer
+from kvmesh.kv.bitstream import HEAD_BYTES, CorruptChunk, read_header
+from kvmesh_kvstore.chunks import Entry, Offer, Traits
+from kvmesh_kvstore.label import MAX_LABEL_BYTES, label_bytes, pack, unpack
 
-_MAGIC = b"KVMF"
-_VERSION = 1
-_FIELDS = struct.Struct("<4sHH32s32s?Q")
-_CRC = struct.Struct("<I")
-_HEADER_BYTES = _FIELDS.size + _CRC.size
 _NAME = re.compile(r"([0-9a-f]{64})\.([0-9a-f]{1,16})(\.part)?")
-_NO_PARENT = bytes(32)
 MemoryTier = dict[int, bytes]
 """Serial to bitstream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file that a scan found, its header sound and its length right."""
+    """A file that a scan found, its headers sound and its length right."""
 
     offer: Offer
+    traits: Traits
     serial: int
     modified: float
 
@@ -68,7 +63,7 @@ class DiskTier:
         path.parent.mkdir(exist_ok=True)
         try:
             with part.open("wb", buffering=0) as file:
-                for piece in (_header(entry.offer), memoryview(bitstream)):
+                for piece in (pack(entry.offer), memoryview(bitstream)):
                     written = 0
                     while written < len(piece):
                         written += file.write(piece[written:]) or 0
@@ -80,7 +75,7 @@ class DiskTier:
     def read(self, entry: Entry) -> bytes:
         """A blob, whatever its state: verifying is the caller's. Raises OSError, FileNotFoundError among them."""
         with self._path(entry).open("rb", buffering=0) as file:
-            file.seek(_header_bytes(entry.offer))
+            file.seek(label_bytes(entry.offer))
             return file.read(entry.size + 1)  # one more, so that a file that grew is seen to be wrong
 
     def delete(self, entry: Entry) -> None:
@@ -108,30 +103,18 @@ class DiskTier:
         return self._root / name[:2] / f"{name}.{entry.serial:x}"
 
 
-def _header(offer: Offer) -> bytes:
-    name = offer.fingerprint.encode()
-    parent = offer.parent or _NO_PARENT
-    fields = _FIELDS.pack(_MAGIC, _VERSION, len(name), offer.key, parent, offer.tail, offer.size)
-    return fields + _CRC.pack(crc32(fields + name)) + name
-
-
-def _header_bytes(offer: Offer) -> int:
-    return _HEADER_BYTES + len(offer.fingerprint.encode())
-
-
 def _examine(path: Path, key: bytes, serial: int) -> Found | None:
     """What a file holds; None if it is not a whole blob of that key, or a tail, whose lease died with the process."""
     if path.suffix == ".part":
         return None
     with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
-        if len(head) < _HEADER_BYTES:
-            return None
-        fields, (crc,) = head[: _FIELDS.size], _CRC.unpack(head[_FIELDS.size :])
-        magic, version, length, named, parent, tail, size = _FIELDS.unpack(fields)
-        name = file.read(length)
+        head = file.read(MAX_LABEL_BYTES + HEAD_BYTES)
         status = os.fstat(file.fileno())
-    sound = (magic, version, named, crc) == (_MAGIC, _VERSION, key, crc32(fields + name))
-    if not sound or tail or status.st_size != _HEADER_BYTES + length + size:
+    offer = unpack(head)
+    if offer is None or offer.key != key or offer.tail or status.st_size != label_bytes(offer) + offer.size:
         return None
-    return Found(Offer(key, name.decode(), size, parent if parent != _NO_PARENT else b""), serial, status.st_mtime)
+    try:
+        header = read_header(head[label_bytes(offer) :])
+    except CorruptChunk:
+        return None
+    return Found(offer, Traits.of(header, offer.size), serial, status.st_mtime)

@@ -3,6 +3,8 @@
 The order that makes it safe: a blob is whole before its entry exists, and an entry exists before the index names it; an
 entry goes before the index forgets it, and the blob goes last. Blobs carry serials, so a late delete hits nothing new.
 Room is made by one task at a time; all else may run beside it. Disk and checksums work in the pool.
+
+What is evicted may go on to the remote tier, and is looked for there when it is missed here.
 """
 
 from __future__ import annotations
@@ -10,20 +12,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from kvmesh.errors import NotFound
+from kvmesh.errors import KvmeshError
 from kvmesh.kv.bitstream import CorruptChunk, verify
-from kvmesh_kvstore.chunks import Entry, Offer, Tier
+from kvmesh_kvstore.blobs import Blobs
+from kvmesh_kvstore.chunks import Entry, Offer, Tier, Traits
 from kvmesh_kvstore.events import EventLog, EventType
 from kvmesh_kvstore.eviction import Demote, Evict, Place
 from kvmesh_kvstore.index import Announcer
+from kvmesh_kvstore.integrity import problems
+from kvmesh_kvstore.moves import Moves
+from kvmesh_kvstore.remote import RemoteTier
 from kvmesh_kvstore.store import ChunkStore
-from kvmesh_kvstore.tiers import DiskTier, MemoryTier
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -37,21 +41,21 @@ class PutStatus(StrEnum):
 
 
 class Vault:
-    """Belongs to one event loop. `disk` goes with the disk budget of `store`: both or neither."""
+    """Belongs to one event loop. `blobs` have a disk if `store` has a budget for one."""
 
     def __init__(
         self,
         store: ChunkStore,
+        blobs: Blobs,
         events: EventLog,
-        pool: Executor,
         *,
         announcer: Announcer | None = None,
-        disk: DiskTier | None = None,
+        remote: RemoteTier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.events = store, events
-        self._pool, self._announcer, self._disk, self._clock = pool, announcer, disk, clock
-        self._memory: MemoryTier = {}
+        self.store, self.events, self.remote = store, events, remote
+        self._blobs, self._announcer, self._clock = blobs, announcer, clock
+        self._moves = Moves(store, blobs)
         self._room = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -61,22 +65,25 @@ class Vault:
 
     async def open(self) -> None:
         """Takes in what the disk has kept. Raises Unavailable."""
-        if self._disk is None:
-            return
-        await self._in_pool(self._disk.open)
-        for found in await self._in_pool(self._disk.scan):
-            entry = Entry(found.offer, found.serial, Tier.DISK)
+        for found in await self._blobs.open():
+            entry = Entry(found.offer, found.traits, found.serial, Tier.DISK)
             if not self.store.restore(entry):
-                await self._delete(entry)
+                await self._blobs.delete(entry)
         while surplus := self.store.excess():
             self.store.remove(surplus)
-            await self._delete(surplus)
+            await self._blobs.delete(surplus)
+
+    async def save(self, seconds: float) -> None:
+        """What is wanted of the memory tier goes to the remote one, as far as there is time: this store leaves."""
+        if self.remote is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self.remote.save(list(self.store.memory), self._blobs.fetch)
 
     async def close(self) -> None:
         """Waits for what is under way; what is on disk stays."""
         await self.settle()
-        if self._disk is not None:
-            self._disk.close()
+        self._blobs.close()
 
     async def settle(self) -> None:
         """Until nothing runs in the background."""
@@ -106,42 +113,41 @@ class Vault:
         """
         if self.store.exists(offer, lease_id, self.now):
             return PutStatus.EXISTS
-        if not await self._in_pool(_sound, bitstream, offer.size):
+        traits = await self._blobs.in_pool(_verified, bitstream, offer.size)
+        if traits is None:
             return PutStatus.CORRUPT
-        return await asyncio.shield(self._background(self._admit(offer, bitstream, lease_id)))
+        return await asyncio.shield(self._background(self._admit(offer, traits, bitstream, lease_id)))
 
-    async def _admit(self, offer: Offer, bitstream: bytes, lease_id: str | None) -> PutStatus:
+    async def _admit(self, offer: Offer, traits: Traits, bitstream: bytes, lease_id: str | None) -> PutStatus:
         async with self._room:
             if self.store.exists(offer, lease_id, self.now):
                 return PutStatus.EXISTS
-            entry = await self._write(offer, bitstream, lease_id)
+            entry = await self._write(offer, traits, bitstream, lease_id)
             if entry is None:
                 return PutStatus.FULL
             try:
                 self.store.insert(entry, lease_id, self.now)
-            except NotFound:
-                await self._delete(entry)
+            except KvmeshError:
+                await self._blobs.delete(entry)
                 raise
             self._announce(entry)
             return PutStatus.OK
 
-    async def _write(self, offer: Offer, bitstream: bytes, lease_id: str | None) -> Entry | None:
+    async def _write(self, offer: Offer, traits: Traits, bitstream: bytes, lease_id: str | None) -> Entry | None:
         """A blob in the tier that has room for it, once room has been made; None if there can be none."""
-        while decision := self.store.place(offer.size):
+        while decision := self.store.place(offer):
             match decision:
-                case Place(Tier.MEMORY):
-                    entry = self.store.draft(offer, Tier.MEMORY, lease_id)
-                    self._memory[entry.serial] = bitstream
-                    return entry
-                case Place(Tier.DISK):
-                    entry = self.store.draft(offer, Tier.DISK, lease_id)
-                    if await self._write_down(entry, bitstream):
+                case Place(tier):
+                    entry = self.store.draft(offer, traits, tier, lease_id)
+                    if tier is Tier.MEMORY:
+                        self._blobs.keep(entry, bitstream)
+                        return entry
+                    if await self._moves.write_down(entry, bitstream):
                         return entry
                 case Evict(victim):
-                    self.store.counters.evictions += 1
-                    await self._evict(victim)
+                    await self._make_way(victim)
                 case Demote(victim):
-                    await self._demote(victim)
+                    await self._moves.demote(victim)
         return None
 
     def _announce(self, entry: Entry) -> None:
@@ -150,110 +156,114 @@ class Vault:
             if self._announcer is not None:
                 self._announcer.stored(entry.key)
 
-    # Reading
+    # Finding and reading
 
-    async def read(self, key: bytes) -> bytes | None:
-        """The bitstream of a chunk, verified just now. None: not here, or found damaged and dropped."""
+    async def find_missing(self, keys: Sequence[bytes], lease_id: str | None) -> list[bytes]:
+        """Keys in no tier, in the order asked; chunks that are here are pinned by the lease. Raises NotFound."""
+        missing = self.store.find_missing(keys, lease_id, self.now)
+        if self.remote is None or not missing:
+            return missing
+        afar = await self.remote.find(missing)
+        return [key for key in missing if key not in afar]
+
+    async def read(self, key: bytes) -> tuple[Traits, bytes] | None:
+        """A chunk and its bitstream, verified just now. None: in no tier, or found damaged and dropped."""
         entry = self.store.get(key)
-        bitstream = None
-        if entry is not None:
-            with _reading(entry):
-                bitstream = await self._load(entry)
-        if bitstream is None:
-            self.store.counters.misses += 1
-        else:
-            self.store.counters.hits += 1
-        return bitstream
+        chunk = await self._read_here(entry) if entry else None
+        if chunk is None and self.remote is not None:
+            chunk = await self._recall(self.remote, key)
+        self.store.counters.hits += chunk is not None
+        self.store.counters.misses += chunk is None
+        return chunk
 
-    async def _load(self, entry: Entry) -> bytes | None:
-        from_disk = entry.tier is Tier.DISK
-        bitstream = await self._fetch(entry)
-        if bitstream is not None and await self._in_pool(_sound, bitstream, entry.size):
-            if from_disk and not self._room.locked():
-                self._background(self._promote(entry, bitstream))
-            return bitstream
-        if entry in self.store:
-            log.error("chunk %s was damaged in %s and is dropped", entry.key.hex(), entry.tier)
-            self.store.counters.damaged += 1
-            await asyncio.shield(self._background(self._evict(entry)))
+    async def _read_here(self, entry: Entry) -> tuple[Traits, bytes] | None:
+        tier = entry.tier
+        chunk = await self.verified(entry)
+        if chunk is not None:
+            self.store.shelf(tier).hits += 1
+            if tier is Tier.DISK and not self._room.locked():
+                self._background(self._promote(entry, chunk[1]))
+        return chunk
+
+    async def verified(self, entry: Entry) -> tuple[Traits, bytes] | None:
+        """The bitstream of a chunk that is here; None: it was damaged and is dropped, or it has gone meanwhile."""
+        with entry.being_read():
+            bitstream = await self._blobs.fetch(entry)
+            traits = None if bitstream is None else await self._blobs.in_pool(_verified, bitstream, entry.size)
+            if bitstream is not None and traits is not None:
+                return entry.traits, bitstream
+            if entry in self.store:
+                log.error("chunk %s was damaged in %s and is dropped", entry.key.hex(), entry.tier)
+                self.store.counters.damaged += 1
+                self.store.shelf(entry.tier).errors += 1
+                await asyncio.shield(self._background(self.drop(entry)))
         return None
 
-    async def _fetch(self, entry: Entry) -> bytes | None:
-        """The blob, where it is now: it may move from disk to memory while the file is being opened."""
-        for _ in Tier:
-            if entry.tier is Tier.MEMORY:
-                return self._memory.get(entry.serial)
-            try:
-                return await self._in_pool(self._files.read, entry)
-            except FileNotFoundError:
-                continue
-            except OSError:
-                log.exception("cannot read chunk %s", entry.key.hex())
-                return None
-        return None
+    async def adopt(self, offer: Offer, bitstream: bytes) -> bool:
+        """Takes a chunk that is wanted from another instance, where there is room; False if there is none."""
+        if not self.store.has_room(offer):
+            return False
+        traits = await self._blobs.in_pool(_verified, bitstream, offer.size)
+        if traits is None:
+            return True
+        status = await asyncio.shield(self._background(self._admit(offer, traits, bitstream, None)))
+        self.store.find_missing([offer.key], None, self.now)
+        return status is not PutStatus.FULL
 
-    # Moving and going
+    async def _recall(self, remote: RemoteTier, key: bytes) -> tuple[Traits, bytes] | None:
+        """From the remote tier, and back into the others."""
+        if (found := await remote.get(key)) is None:
+            return None
+        offer, bitstream = found
+        traits = await self._blobs.in_pool(_verified, bitstream, offer.size)
+        if traits is None or offer.key != key:
+            await remote.reject(key)
+            return None
+        if not self._room.locked():
+            self._background(self._admit(offer, traits, bitstream, None))
+        return traits, bitstream
 
-    async def _demote(self, entry: Entry) -> None:
-        if await self._write_down(entry, self._memory[entry.serial]):
-            self._sink(entry)
+    # Going
 
     async def _promote(self, entry: Entry, bitstream: bytes) -> None:
-        """Into memory, if that has room or an older chunk can step down in its place. Nothing is lost for it."""
         async with self._room:
-            decision = self.store.promotion(entry)
-            if decision is None:
-                return
-            if isinstance(decision, Demote):
-                victim = decision.entry
-                if not await self._write_down(victim, self._memory[victim.serial]):
-                    return
-                if self.store.promotion(entry) != decision:
-                    await self._in_pool(self._files.delete, victim)
-                    return
-                self._sink(victim)
-            self._memory[entry.serial] = bitstream
-            self.store.move(entry, Tier.MEMORY)
-            self.store.counters.promotions += 1
-            await self._in_pool(self._files.delete, entry)
+            await self._moves.promote(entry, bitstream)
 
-    def _sink(self, entry: Entry) -> None:
-        self.store.move(entry, Tier.DISK)
-        self.store.counters.demotions += 1
-        del self._memory[entry.serial]
+    async def _make_way(self, victim: Entry) -> None:
+        """Evicts; what is worth it goes on to the remote tier."""
+        if self.remote is not None and self.remote.wants(victim):
+            bitstream = await self._blobs.fetch(victim)
+            if not self.store.free(victim):
+                return  # somebody has come to need it meanwhile
+            if bitstream is not None:
+                self.remote.offer(victim.offer, bitstream, victim.hot)
+        if self.store.evict(victim):
+            await self._gone(victim)
 
-    async def _write_down(self, entry: Entry, bitstream: bytes) -> bool:
-        """A file for the blob. False: it could not be written, or the chunk has been removed meanwhile."""
-        stored = entry in self.store
-        try:
-            await self._in_pool(self._files.write, entry, bitstream)
-        except OSError as error:
-            # A disk that is full or failing is not asked for more than it holds.
-            log.error("cannot write to disk, which is from now on limited to what it holds: %s", error)
-            self.store.disk.budget = self.store.disk.used
+    async def evict(self, entry: Entry) -> bool:
+        """As an operator wishes; False if it must stay, or has gone."""
+        async with self._room:
+            return self.store.free(entry) and await self.drop(entry)
+
+    async def drop(self, entry: Entry) -> bool:
+        """Whoever pins it; False if it has gone already."""
+        if not self.store.remove(entry):
             return False
-        if stored and entry not in self.store:
-            await self._in_pool(self._files.delete, entry)
-            return False
+        await self._gone(entry)
         return True
 
-    async def _evict(self, entry: Entry) -> None:
-        if not self.store.remove(entry):
-            return
+    async def _gone(self, entry: Entry) -> None:
+        """The blob of a chunk that has left the books: first nobody is sent here for it, then it goes."""
         if entry.owner is None:
             self.events.publish(EventType.EVICTED, entry.key, entry.size)
             if self._announcer is not None:
                 await self._announcer.gone(entry.key)
-        await self._delete(entry)
+        await self._blobs.delete(entry)
 
     def _discard(self, tails: Iterable[Entry]) -> None:
         for entry in tails:
-            if self._memory.pop(entry.serial, None) is None:
-                self._background(self._delete(entry))
-
-    async def _delete(self, entry: Entry) -> None:
-        if self._memory.pop(entry.serial, None) is None:
-            await self._in_pool(self._files.delete, entry)
+            if not self._blobs.forget(entry):
+                self._background(self._blobs.delete_file(entry))
 
     # Checking
 
@@ -261,32 +271,9 @@ class Vault:
         """What is wrong with books and blobs; empty is good."""
         await self.settle()
         async with self._room:
-            errors = self.store.check_integrity()
-            up = {entry.serial: entry.size for entry in self.store.memory.entries.values()}
-            if up != {serial: len(blob) for serial, blob in self._memory.items()}:
-                errors.append("the blobs in memory are not those in the books")
-            return errors if self._disk is None else [*errors, *await self._disk_errors()]
-
-    async def _disk_errors(self) -> list[str]:
-        before = {entry.serial for entry in self.store.disk.entries.values()}
-        files = await self._in_pool(self._files.serials)
-        after = {entry.serial for entry in self.store.disk.entries.values()}
-        errors = []
-        if lost := (before & after) - files:
-            errors.append(f"{len(lost)} chunks on disk have no file")
-        if stray := files - (before | after):
-            errors.append(f"{len(stray)} files on disk belong to no chunk")
-        return [] if self._tasks else errors
-
-    # Running things elsewhere
-
-    @property
-    def _files(self) -> DiskTier:
-        assert self._disk is not None, "a disk budget without a disk"
-        return self._disk
-
-    async def _in_pool(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+            errors = [*problems(self.store), *self._blobs.memory_problems(self.store.memory)]
+            on_disk = await self._blobs.disk_problems(self.store.disk)
+            return errors if self._tasks else [*errors, *on_disk]
 
     def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -296,22 +283,13 @@ class Vault:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) and not isinstance(error, NotFound):
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, KvmeshError):
             log.error("background work failed", exc_info=error)
 
 
-@contextmanager
-def _reading(entry: Entry) -> Iterator[None]:
-    entry.readers += 1
+def _verified(bitstream: bytes, size: int) -> Traits | None:
     try:
-        yield
-    finally:
-        entry.readers -= 1
-
-
-def _sound(bitstream: bytes, size: int) -> bool:
-    try:
-        verify(bitstream)
+        header = verify(bitstream)
     except CorruptChunk:
-        return False
-    return len(bitstream) == size
+        return None
+    return Traits.of(header, size) if len(bitstream) == size else None

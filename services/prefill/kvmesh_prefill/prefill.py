@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh.engine.api import Event, KvReady, TokenOutput
 from kvmesh.rpc.deadline import Deadline
@@ -16,6 +16,7 @@ from kvmesh.worker.job import Job
 from kvmesh.worker.publication import Publication
 from kvmesh.worker.session import Session
 from kvmesh.worker.tokens import batches
+from kvmesh.worker.transfer import Imported
 from kvmesh.worker.worker import Worker
 
 PUBLISH_SECONDS = 10.0
@@ -29,6 +30,7 @@ class FirstTokens:
     compute_seconds: float
     local_tokens: int
     stored_tokens: int
+    imported: Imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Plan:
     local: int
     stored: int = 0
     missing: frozenset[int] = frozenset()
+    imported: Imported = field(default_factory=lambda: Imported(0))
 
 
 class Prefill:
@@ -66,14 +69,15 @@ class Prefill:
             await worker.engine.add(job.engine_request(load_kv=True, prefill_only=True))
             local = min((await session.admitted()).cached_tokens, job.loadable_tokens)
             async with worker.leases.hold(job.ticket, hand_over=True) as granted:
-                plan = await self._look_around(job, local) if granted else Plan(local)
-                async with worker.publication(job.ticket, plan.missing if granted else None) as publication:
+                limit = None if job.ttft_budget is None else arrived + job.ttft_budget
+                plan = await self._look_around(job, local, limit) if granted else Plan(local)
+                async with worker.publication(job, plan.missing if granted else None) as publication:
                     await worker.engine.start(job.request_id, plan.local + plan.stored, publication.ranges)
                     samples = await self._first_tokens(job, session, publication)
-                    await send(self._answer(samples, plan, arrived, session))
+                    await send(self._answer(job, samples, plan, arrived, session))
                     return await self._finish(job, publication)
 
-    async def _look_around(self, job: Job, local: int) -> Plan:
+    async def _look_around(self, job: Job, local: int, limit: float | None) -> Plan:
         """Asks the store what it has; imports the stored prefix where it reaches beyond the local one."""
         ticket, chunks = job.ticket, job.chunks
         if ticket is None or not chunks:
@@ -83,11 +87,13 @@ class Prefill:
         stored = _beyond(chunks[: min(missing, default=len(chunks))], local)
         if not stored:
             return Plan(local, 0, frozenset(missing))
-        imported = await self._worker.importer.fetch(job.request_id, ticket, stored, local)
-        if imported.reason:
+        prompt = len(job.prompt)
+        imported = await self._worker.importer.fetch(job.request_id, ticket, stored, local, prompt=prompt, limit=limit)
+        if imported.missed:
             missing.add(chunks.index(stored[imported.chunks]))
         reached = min(imported.end, job.loadable_tokens)
-        return Plan(local, max(0, reached - local), frozenset(missing))
+        self._worker.traffic.recomputed_tokens += min(stored[-1].end, job.loadable_tokens) - reached
+        return Plan(local, max(0, reached - local), frozenset(missing), imported)
 
     async def _first_tokens(self, job: Job, session: Session, publication: Publication) -> tuple[TokenBatch, ...]:
         """Publishes what becomes final until each sample has its token; the engine has then forgotten the request."""
@@ -100,9 +106,13 @@ class Prefill:
                     outputs.append(event)
         return tuple(batches(outputs))
 
-    def _answer(self, samples: tuple[TokenBatch, ...], plan: Plan, arrived: float, session: Session) -> FirstTokens:
+    def _answer(
+        self, job: Job, samples: tuple[TokenBatch, ...], plan: Plan, arrived: float, session: Session
+    ) -> FirstTokens:
         began = session.computing_at or arrived
-        return FirstTokens(samples, began - arrived, time.monotonic() - began, plan.local, plan.stored)
+        seconds = time.monotonic() - began
+        self._worker.traffic.compute.observe(plan.local + plan.stored, len(job.prompt), seconds)
+        return FirstTokens(samples, began - arrived, seconds, plan.local, plan.stored, plan.imported)
 
     async def _finish(self, job: Job, publication: Publication) -> Published:
         began = time.monotonic()

@@ -13,7 +13,7 @@ from kvmesh.rpc.deadline import deadline_of
 from kvmesh.types import SamplingParams
 from kvmesh.v1 import prefill_pb2 as pb
 from kvmesh.v1 import prefill_pb2_grpc
-from kvmesh.worker.convert import job_from_proto
+from kvmesh.worker.convert import fetched_to_proto, job_from_proto
 from kvmesh.worker.outbox import Outbox
 from kvmesh.worker.worker import DEFAULT_DEADLINE, Worker
 from kvmesh_prefill.prefill import FirstTokens, Prefill, Published
@@ -63,6 +63,7 @@ def _first_tokens(tokens: FirstTokens) -> pb.PrefillFirstTokens:
         compute_seconds=tokens.compute_seconds,
         local_tokens=tokens.local_tokens,
         stored_tokens=tokens.stored_tokens,
+        fetched=fetched_to_proto(tokens.imported),
     )
 
 

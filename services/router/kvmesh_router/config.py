@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field
+
+from kvmesh.errors import InvalidArgument
 from kvmesh.process import ProcessConfig
+from kvmesh.scheduling.policies import DEFAULT, check_name
+
+
+def _policy(name: str) -> str:
+    try:
+        return check_name(name)
+    except InvalidArgument as error:
+        raise ValueError(str(error)) from error
 
 
 class RouterConfig(ProcessConfig):
@@ -27,3 +39,15 @@ class RouterConfig(ProcessConfig):
     """Stores that are to hold each chunk of KV, where there are as many."""
     min_prefill_tokens: int = Field(default=0, ge=0)
     """Shorter prompts are prefilled by the decode worker."""
+    policy: Annotated[str, AfterValidator(_policy)] = DEFAULT
+    """See `kvmesh.scheduling.policies`."""
+    gate: Literal["open", "current", "predicted"] = "predicted"
+    """By which load requests that would miss an objective are refused early."""
+    ttft_slo: float | None = Field(default=None, gt=0)
+    """Seconds until a first token is due: gates and policies aim for it, and KV is fetched as fine as it allows."""
+    tpot_slo: float | None = Field(default=None, gt=0)
+    """Seconds for each later token."""
+    power_budget: float | None = Field(default=None, gt=0)
+    """Watts that the workers may draw together, as far as they have meters: near it fewer requests are admitted."""
+    plan: Path | None = None
+    """What `kvmesh plan --json` wrote: phases and weights of workers. Read again whenever it changes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvmesh.scheduling.policy import Slo
 from kvmesh.types import FinishReason, PositionLogprobs, SamplingParams
 
 
@@ -37,6 +38,17 @@ class BestOfOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Objectives:
+    """What a request asks for, in seconds; None: what the router is set to."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    def over(self, usual: Slo) -> Slo:
+        return Slo(self.ttft or usual.ttft, self.tpot or usual.tpot)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A valid request: what flow.py serves."""
 
@@ -49,6 +61,7 @@ class Request:
     cache_salt: str = ""
     best_of: BestOfOptions | None = None
     """Of `sampling.n` samples give out the likeliest; None: all."""
+    objectives: Objectives = Objectives()
 
 
 @dataclass(frozen=True, slots=True)

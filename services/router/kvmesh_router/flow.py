@@ -94,7 +94,7 @@ class Flow:
         arrived, generation = time.monotonic(), None
         with self.sessions.open(submission.request_id, deadline) as session:
             try:
-                async with self.gate.enter(session):
+                async with self.gate.enter(session, submission.low_priority):
                     model = await session.wait(self.models.get(submission.model))
                     context = context_of(model, self.directory.workers())
                     request = await session.wait(validate(submission, model, context))
@@ -143,8 +143,9 @@ class Dispatch:
         self._generation = generation
         self._request = generation.request
         self._claim = Claim(generation.request, round(flow.limits.lease_ttl * 1000), flow.limits.replicas)
-        self._hops = Hops(flow.peers, session, generation, self._claim, flow.limits.stall, flow.limits.margin)
-        self._routing = Routing(flow.directory, flow.policy, generation, flow.limits.slo)
+        limits, slo = flow.limits, generation.request.objectives.over(flow.limits.slo)
+        self._hops = Hops(flow.peers, session, generation, self._claim, limits.stall, limits.margin, slo.ttft)
+        self._routing = Routing(flow.directory, flow.policy, generation, slo)
         self._last_resort = False
         self._attempts = 0
         self._nonce = secrets.token_hex(4)

@@ -20,16 +20,16 @@ class Gate:
         self._waiting: dict[Hashable, asyncio.Future[None]] = {}
 
     @asynccontextmanager
-    async def enter(self, session: Session) -> AsyncIterator[None]:
+    async def enter(self, session: Session, low_priority: bool = False) -> AsyncIterator[None]:
         """Holds a place while the block runs.
 
         Raises:
             Overloaded: the queue is full, or the deadline comes before the turn.
             DeadlineExceeded, RequestAborted: while waiting.
         """
-        decision = self.admission.submit(session, time.monotonic(), session.deadline.at)
+        decision = self.admission.submit(session, time.monotonic(), session.deadline.at, low_priority)
         if isinstance(decision, Refused):
-            raise Overloaded("the router has no room for another request", decision.retry_after)
+            raise Overloaded(decision.why or "the router has no room for another request", decision.retry_after)
         try:
             if isinstance(decision, Queued):
                 turn = self._waiting[session] = asyncio.get_running_loop().create_future()
@@ -38,6 +38,10 @@ class Gate:
         finally:
             self._waiting.pop(session, None)
             self._let_in(self.admission.finish(session, time.monotonic()))
+
+    def narrow(self, limit: int | None, low_limit: int | None) -> None:
+        """See `Admission.narrow`."""
+        self._let_in(self.admission.narrow(limit, low_limit, time.monotonic()))
 
     def _let_in(self, sessions: Iterable[Hashable]) -> None:
         for session in sessions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from math import isinf
 
 from kvmesh.errors import InvalidArgument, KvmeshError
 from kvmesh.rpc.convert import token_batch_from_proto
@@ -116,12 +117,21 @@ class Generation:
         self.timings.prefill_queue_seconds = message.queue_seconds
         self.timings.prefill_seconds = message.compute_seconds
         self.usage.cached_tokens = message.local_tokens + message.stored_tokens
+        self._note_fetched(message.fetched)
 
     def note_started(self, message: decode_pb2.DecodeStarted) -> None:
         self.timings.decode_queue_seconds += message.queue_seconds
         self.timings.transfer_seconds += message.transfer_seconds
         self.usage.transferred_tokens += message.fetched_tokens
         self.usage.recomputed_tokens += message.recomputed_tokens
+        if message.fetched_tokens:
+            self._metrics.kv_transfer_seconds.record(message.transfer_seconds)
+            self._metrics.kv_transfer_bytes.record(message.fetched.bytes)
+        self._note_fetched(message.fetched)
+
+    def budget(self, ttft: float) -> float | None:
+        """Seconds left of `ttft` until the first token is due; None once it is out, or if there is no limit."""
+        return None if self.started or isinf(ttft) else max(0.0, self._arrived + ttft - time.monotonic())
 
     @property
     def seconds_per_token(self) -> float:
@@ -143,6 +153,11 @@ class Generation:
 
     def _choices(self) -> list[Choice]:
         return [output.choice for output in self.outputs if output.choice is not None]
+
+    def _note_fetched(self, message: common_pb2.KvFetched) -> None:
+        self.usage.fetched_bytes += message.bytes
+        for quality, chunks in message.chunks_by_quality.items():
+            self.usage.chunks_by_quality[quality] = self.usage.chunks_by_quality.get(quality, 0) + chunks
 
     def _count(self, tokens: int) -> None:
         now = time.monotonic()

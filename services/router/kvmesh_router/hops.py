@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TypeVar
 
 from kvmesh.errors import Unavailable
@@ -26,7 +27,10 @@ Message = TypeVar("Message")
 
 @dataclass(frozen=True, slots=True)
 class Hops:
-    """`stall`: silence in seconds that makes a worker lost. `margin`: a hop's deadline comes this much earlier."""
+    """`stall`: silence in seconds that makes a worker lost. `margin`: a hop's deadline comes this much earlier.
+
+    `ttft`: seconds from arrival until the first token is due.
+    """
 
     peers: Peers
     session: Session
@@ -34,12 +38,14 @@ class Hops:
     claim: Claim
     stall: float
     margin: float
+    ttft: float = inf
 
     async def prefill(self, assignment: Assignment, ticket: KvTicket, attempt_id: str) -> AsyncGenerator[Delta]:
         """First tokens; ends once all is published, or no sample is left to go on."""
         worker, generation = assignment.worker, self.generation
         self.claim.give(ticket, worker, attempt_id)
-        request = prefill_request(generation.request, attempt_id, worker.fingerprint, ticket)
+        readers, budget = self.peers.links.of(ticket.sources), generation.budget(self.ttft)
+        request = prefill_request(generation.request, attempt_id, worker.fingerprint, ticket, readers, budget)
         stub = self.peers.at(worker).prefill
         async with stream(stub.Prefill(request, timeout=self._timeout())) as call:
             messages = aiter(call)
@@ -64,13 +70,15 @@ class Hops:
         worker, generation, ticket = assignment.worker, self.generation, self.claim.for_decode()
         generation.decode_worker = worker.worker_id
         samples = generation.unfinished_samples()
-        request = decode_request(generation.request, attempt_id, worker.fingerprint, ticket, samples)
+        budget = generation.budget(self.ttft)
+        request = decode_request(generation.request, attempt_id, worker.fingerprint, ticket, samples, budget)
         stub = self.peers.at(worker).decode
         async with stream(stub.Decode(request, timeout=self._timeout())) as call:
             messages = aiter(call)
             while (message := await self._next(messages, worker)) is not None:
                 if message.HasField("started"):
                     generation.note_started(message.started)
+                    self.peers.links.note(worker, message.started.fetched.link_bytes_per_second)
                     if ticket is not None:
                         self.claim.taken_over()
                 if assignment.prompt_tokens and message.samples:

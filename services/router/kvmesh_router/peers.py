@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from kvmesh.errors import KvmeshError
 from kvmesh.kv.client import StoreClient
 from kvmesh.rpc.channel import ChannelPool
 from kvmesh.rpc.convert import sampling_to_proto, ticket_to_proto
 from kvmesh.rpc.stream import unary
-from kvmesh.types import KvTicket, WorkerInfo
+from kvmesh.types import KvTicket, Readers, WorkerInfo
 from kvmesh.v1 import common_pb2, common_pb2_grpc, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from kvmesh_router.claim import Lease
 from kvmesh_router.events import Request
 from kvmesh_router.output import SampleOutput
+from kvmesh_router.readers import ReaderLinks
 
 ABORT_SECONDS = 2.0
 DRAIN_SECONDS = 600.0
@@ -39,6 +40,7 @@ class Peers:
         self._channels = channels
         self._stores = StoreClient(channels)
         self._stubs: dict[str, Stubs] = {}
+        self.links = ReaderLinks()
 
     def at(self, worker: WorkerInfo) -> Stubs:
         """The stubs of a worker; connecting is the first call's. A worker that has restarted gets a new connection."""
@@ -58,6 +60,8 @@ class Peers:
 
     def retain(self, workers: Iterable[WorkerInfo]) -> None:
         """Closes the connections to all others; one that has left the registry to drain ends its calls first."""
+        workers = list(workers)
+        self.links.retain(workers)
         for address in self._stubs.keys() - {worker.address for worker in workers}:
             del self._stubs[address]
             self._channels.discard(address, DRAIN_SECONDS)
@@ -90,9 +94,14 @@ class Peers:
 
 
 def prefill_request(
-    request: Request, request_id: str, fingerprint: str, ticket: KvTicket
+    request: Request,
+    request_id: str,
+    fingerprint: str,
+    ticket: KvTicket,
+    readers: Readers | None = None,
+    budget: float | None = None,
 ) -> prefill_pb2.PrefillRequest:
-    """`request_id` names this attempt."""
+    """`request_id` names this attempt; `budget`: seconds until the first token is due."""
     sampling, stopping = sampling_to_proto(request.sampling)
     return prefill_pb2.PrefillRequest(
         request_id=request_id,
@@ -105,11 +114,18 @@ def prefill_request(
         ticket=ticket_to_proto(ticket),
         eos_token_ids=sorted(request.sampling.eos_token_ids),
         cache_salt=request.cache_salt,
+        readers=common_pb2.Readers(**asdict(readers or Readers())),
+        ttft_budget_seconds=budget,
     )
 
 
 def decode_request(
-    request: Request, request_id: str, fingerprint: str, ticket: KvTicket | None, unfinished: Iterable[SampleOutput]
+    request: Request,
+    request_id: str,
+    fingerprint: str,
+    ticket: KvTicket | None,
+    unfinished: Iterable[SampleOutput],
+    budget: float | None = None,
 ) -> decode_pb2.DecodeRequest:
     """Continues the unfinished samples from the tokens that they have."""
     sampling, stopping = sampling_to_proto(request.sampling)
@@ -125,4 +141,5 @@ def decode_request(
         ticket=None if ticket is None else ticket_to_proto(ticket),
         eos_token_ids=sorted(request.sampling.eos_token_ids),
         cache_salt=request.cache_salt,
+        ttft_budget_seconds=budget,
     )

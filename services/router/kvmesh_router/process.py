@@ -6,8 +6,9 @@ Reads no environment and handles no signal: `__main__` does. Tests enter `router
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from math import inf
 
 from kvmesh.kv.index import ChunkIndex
 from kvmesh.process import Base, base, never
@@ -16,6 +17,9 @@ from kvmesh.registry.directory import StaticDirectory
 from kvmesh.rpc.options import TOKEN_OPTIONS
 from kvmesh.rpc.server import Server, Service
 from kvmesh.scheduling.admission import Admission
+from kvmesh.scheduling.policies import GATES, make_policy
+from kvmesh.scheduling.policy import Slo
+from kvmesh.scheduling.power import PowerPolicy
 from kvmesh.types import Role, WorkerInfo
 from kvmesh.v1.router_pb2_grpc import add_InferenceServiceServicer_to_server, add_MeshServiceServicer_to_server
 from kvmesh_router.config import RouterConfig
@@ -23,6 +27,8 @@ from kvmesh_router.flow import Flow, Limits, Stored, nothing_stored
 from kvmesh_router.gate import Gate
 from kvmesh_router.model import Models
 from kvmesh_router.peers import Peers
+from kvmesh_router.plan_file import PlanFile
+from kvmesh_router.power import PowerGuard, readings
 from kvmesh_router.servicer import InferenceServicer, MeshServicer
 from kvmesh_router.status import MeshStatus
 
@@ -73,11 +79,25 @@ async def serve_router(
     flow.models.prepare(directory.workers())
     status = MeshStatus(flow, lambda: ground.info)
     async with (
+        _planned(config, flow),
+        _powered(config, flow, ground),
         ground.serving(_services(config, flow, status), status.statistics) as server,
         AsyncExitStack() as presence,
     ):
         yield RouterProcess(ground.info, flow, status, server, presence)
     await flow.janitor.close()
+
+
+def _planned(config: RouterConfig, flow: Flow) -> AbstractAsyncContextManager[None]:
+    if config.plan is None:
+        return nullcontext()
+    return PlanFile(config.plan, flow.policy, flow.directory.workers).followed()
+
+
+def _powered(config: RouterConfig, flow: Flow, ground: Base) -> AbstractAsyncContextManager[None]:
+    if config.power_budget is None:
+        return nullcontext()
+    return PowerGuard(PowerPolicy(config.power_budget), flow.gate, readings(flow), ground.telemetry.metrics).watching()
 
 
 def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, stored: Stored) -> Flow:
@@ -87,6 +107,7 @@ def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, s
         lease_ttl=config.lease_ttl,
         replicas=config.replicas,
         min_prefill_tokens=config.min_prefill_tokens,
+        slo=Slo(config.ttft_slo or inf, config.tpot_slo or inf),
     )
     flow = Flow(
         directory=directory,
@@ -94,6 +115,7 @@ def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, s
         gate=Gate(Admission(config.max_concurrent, config.max_queued)),
         peers=Peers(ground.channels),
         metrics=ground.telemetry.metrics,
+        policy=make_policy(config.policy, gate=GATES[config.gate]()),
         limits=limits,
         stored=stored,
     )

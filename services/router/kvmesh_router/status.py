@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmesh.rpc.convert import statistics_to_proto, worker_info_to_proto
-from kvmesh.types import Role, WorkerInfo, WorkerStatistics
+from kvmesh.types import WorkerInfo, WorkerStatistics
 from kvmesh.v1 import common_pb2, router_pb2
 from kvmesh_router.flow import Flow
 from kvmesh_router.model import context_of
@@ -74,6 +74,6 @@ class MeshStatus:
             eos_token_ids=sorted(model.eos_token_ids),
             has_chat_template=model.tokenizer.has_chat_template,
             fingerprint=next((info.fingerprint for info in workers), ""),
-            prefill_workers=sum(info.role is Role.PREFILL for info in workers),
-            decode_workers=sum(info.role is Role.DECODE for info in workers),
+            prefill_workers=sum(info.role.prefills for info in workers),
+            decode_workers=sum(info.role.decodes for info in workers),
         )

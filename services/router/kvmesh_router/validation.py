@@ -9,14 +9,14 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.grammar import problem as grammar_problem
 from kvmesh.rpc.convert import sampling_from_proto
 from kvmesh.types import MAX_SAMPLES, MAX_STOP_STRINGS, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2
-from kvmesh_router.events import BestOfOptions, ChatInput, PromptInput, Request, ResponseOptions
+from kvmesh_router.events import BestOfOptions, ChatInput, Objectives, PromptInput, Request, ResponseOptions
 from kvmesh_router.model import Model
 
 MAX_REQUEST_ID = 256
@@ -36,6 +36,8 @@ class Submission:
     logprobs: int | None
     response: ResponseOptions
     cache_salt: str = ""
+    low_priority: bool = False
+    objectives: Objectives = field(default_factory=Objectives)
 
     @property
     def samples(self) -> int:
@@ -59,6 +61,15 @@ def read_submission(message: router_pb2.GenerateStreamRequest | router_pb2.Gener
             prompt_token_ids=response.prompt_token_ids,
         ),
         cache_salt=message.cache_salt,
+        low_priority=message.low_priority,
+        objectives=_read_objectives(message.objectives),
+    )
+
+
+def _read_objectives(message: router_pb2.Objectives) -> Objectives:
+    return Objectives(
+        message.ttft_seconds if message.HasField("ttft_seconds") else None,
+        message.tpot_seconds if message.HasField("tpot_seconds") else None,
     )
 
 
@@ -108,6 +119,7 @@ async def validate(submission: Submission, model: Model, context: int) -> Reques
         submission.response,
         submission.cache_salt,
         best_of,
+        submission.objectives,
     )
 
 
@@ -149,6 +161,8 @@ def _other_problems(submission: Submission) -> Violations:
     stop = submission.stopping.stop
     checks = [
         ("request_id", len(submission.request_id) <= MAX_REQUEST_ID, f"must have at most {MAX_REQUEST_ID} characters"),
+        ("objectives.ttft_seconds", _positive(submission.objectives.ttft), "must be > 0"),
+        ("objectives.tpot_seconds", _positive(submission.objectives.tpot), "must be > 0"),
         ("stop", len(stop) <= MAX_STOP_STRINGS, f"must be at most {MAX_STOP_STRINGS} strings"),
         ("stop", all(stop), "must not contain an empty string"),
         ("stop", all(len(s) <= MAX_STOP_LENGTH for s in stop), f"must be of at most {MAX_STOP_LENGTH} characters each"),
@@ -162,6 +176,10 @@ def _all_samples(sampling: SamplingParams) -> tuple[SamplingParams, BestOfOption
         return sampling, None
     drawn = replace(sampling, n=sampling.best_of, best_of=0, logprobs=sampling.logprobs or 0)
     return drawn, BestOfOptions(sampling.n, sampling.logprobs is not None)
+
+
+def _positive(seconds: float | None) -> bool:
+    return seconds is None or seconds > 0
 
 
 def _with_seed(sampling: SamplingParams, chosen: bool) -> SamplingParams:

@@ -13,12 +13,7 @@ from kvmesh.cli.models import fetch
 from kvmesh.cli.plan import FAKE_MODEL, model_argument
 from kvmesh.errors import InvalidArgument
 
-app = typer.Typer(no_args_is_help=True, help="Codecs of stored KV.")
-
-
-@app.callback()
-def kv() -> None:
-    """Keeps `calibrate` a subcommand while it is the only one."""
+app = typer.Typer(no_args_is_help=True, help="Stored KV: its codecs, and the stores that hold it.")
 
 
 @app.command()
@@ -26,13 +21,13 @@ def calibrate(
     text: Annotated[Path, typer.Option(exists=True, file_okay=False, help="A folder of .txt, .md or .rst files.")],
     model: Annotated[str, typer.Option(help="A name of `kvmesh models list`, a folder or a .gguf file.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it. Default: in the model's folder.")] = None,
-    contexts: Annotated[int, typer.Option(min=1, help="Passages to run the model on.")] = 12,
+    contexts: Annotated[int, typer.Option(min=2, help="Passages to run the model on.")] = 25,
     tokens: Annotated[int, typer.Option(min=64, help="Length of a passage.")] = 2048,
     ablations: Annotated[
         bool, typer.Option("--ablations", help="Add levels that show what each part is worth.")
     ] = False,
 ) -> None:
-    """Make the profile that the codec cachegen needs: how the KV of a model is distributed."""
+    """Make the profile that the codecs cachegen and transform need: how the KV of a model is distributed, and matters."""
     if model == FAKE_MODEL:
         raise InvalidArgument("the fake model's KV is noise: there is nothing to learn")
     fetch(model)

@@ -13,7 +13,22 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvmesh import __version__
-from kvmesh.cli import bench, chat, generate, kv, mesh, models, planner, run, status
+from kvmesh.cli import (
+    bench,
+    chat,
+    generate,
+    kv,
+    mesh,
+    models,
+    operate,
+    planner,
+    profile,
+    replan,
+    run,
+    simulate,
+    status,
+    store,
+)
 from kvmesh.errors import KvmeshError
 
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -27,6 +42,12 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(status.status)
 app.command()(planner.plan)
+app.command()(replan.replan)
+app.command()(simulate.simulate)
+app.command()(operate.operate)
+app.command()(profile.profile)
+for command in (store.stat, store.ls, store.verify, store.evict):
+    kv.app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")

@@ -10,6 +10,7 @@ import typer
 
 from kvmesh.cli.models import fetch
 from kvmesh.cli.plan import DEFAULT_PORT, FAKE_MODEL, MeshPlan, model_argument, parse_size
+from kvmesh.cli.policy import PlanOption, PolicyOption, policy_settings
 from kvmesh.cli.processes import alive
 from kvmesh.cli.render import notes
 from kvmesh.cli.state import DEFAULT_NAME, MeshState, StateFile
@@ -27,6 +28,7 @@ MeshModelOption = Annotated[
 ]
 PrefillOption = Annotated[int, typer.Option("--prefill", min=0, help="Prefill services.")]
 DecodeOption = Annotated[int, typer.Option("--decode", min=1, help="Decode services.")]
+MixedOption = Annotated[int, typer.Option("--mixed", min=0, help="Services that do both, as the policy says.")]
 KvstoreOption = Annotated[int, typer.Option("--kvstore", min=0, help="KV stores.")]
 KvMemoryOption = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Paged KV of each prefill and decode, such as 512MiB.")
@@ -40,7 +42,22 @@ ThreadsOption = Annotated[
 ]
 CodecOption = Annotated[
     str | None,
-    typer.Option("--codec", help="Of stored KV: raw (default), int8, fp8, cachegen or cachegen:LEVEL."),
+    typer.Option(
+        "--codec",
+        help="Of stored KV: raw, int8, fp8, cachegen or cachegen:LEVEL; adaptive is raw or lossy as suits the links."
+        " Default: adaptive where the model has a profile, else raw.",
+    ),
+]
+QualityOption = Annotated[
+    int | None,
+    typer.Option("--quality", min=1, help="The coarsest KV to fetch over a slow link, in quality layers. Default: 3."),
+]
+TtftSloOption = Annotated[
+    float | None,
+    typer.Option("--ttft-slo", min=0.001, help="Seconds to the first token: KV is fetched as fine as that allows."),
+]
+ReplicasOption = Annotated[
+    int | None, typer.Option("--replicas", min=1, max=16, help="KV stores that hold each chunk. Default: 1.")
 ]
 NameOption = Annotated[str, typer.Option("--name", help="Tells several meshes on one machine apart.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds to become ready in.")]
@@ -48,7 +65,7 @@ TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds 
 
 def up(
     prefill: PrefillOption = 1,
-    decode: DecodeOption = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Decode services.")] = 1,
     kvstore: KvstoreOption = 1,
     model: MeshModelOption = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The router's port.")] = DEFAULT_PORT,
@@ -61,6 +78,12 @@ def up(
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     codec: CodecOption = None,
+    quality: QualityOption = None,
+    ttft_slo: TtftSloOption = None,
+    replicas: ReplicasOption = None,
+    mixed: MixedOption = 0,
+    policy: PolicyOption = None,
+    plan: PlanOption = None,
     name: NameOption = DEFAULT_NAME,
     timeout: TimeoutOption = START_TIMEOUT,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; Ctrl-C stops the mesh.")] = False,
@@ -69,14 +92,18 @@ def up(
     from kvmesh.cli.launch import Launcher
 
     settings = memory_settings(memory, store_memory, store_disk) | engine_settings(precision, threads)
-    settings |= {"KVMESH_CODEC": codec} if codec else {}
+    settings |= streaming_settings(codec, quality, ttft_slo) | policy_settings(policy, plan)
+    settings |= {"KVMESH_REPLICAS": str(replicas)} if replicas else {}
+    settings |= {"KVMESH_DISK_PATH": str(StateFile(name).chunks)} if store_disk else {}
     prefix = f"{socket.gethostname()}-{name}-" if redis else ""
-    plan = MeshPlan(model_argument(model), prefill, decode, kvstore, port, prefix, settings)
+    if not decode + mixed:
+        raise InvalidArgument("nobody would generate: give --decode or --mixed at least one")
+    mesh = MeshPlan(model_argument(model), prefill, decode, kvstore, port, prefix, settings, mixed)
     file = StateFile(name)
     with file.lock():
         refuse_running(file.load())
         fetch(model)
-        launcher = Launcher(plan, file.logs, file=file, redis_url=redis or "", die_with_parent=foreground)
+        launcher = Launcher(mesh, file.logs, file=file, redis_url=redis or "", die_with_parent=foreground)
         state = start_with_progress(launcher, timeout)
     typer.echo(f"kvmesh serves {model} at {state.address} ({len(state.processes)} processes, logs in {file.logs})")
     if foreground:
@@ -137,6 +164,12 @@ def engine_settings(precision: str | None, threads: int | None) -> dict[str, str
     given = {"KVMESH_PRECISION": precision, "KVMESH_THREADS": None if threads is None else str(threads)}
     settings = {variable: value for variable, value in given.items() if value is not None}
     return settings | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def streaming_settings(codec: str | None, quality: int | None, ttft_slo: float | None) -> dict[str, str]:
+    """How KV travels, as settings of services."""
+    given = {"KVMESH_CODEC": codec, "KVMESH_QUALITY": quality, "KVMESH_TTFT_SLO": ttft_slo}
+    return {variable: str(value) for variable, value in given.items() if value is not None}
 
 
 def start_with_progress(launcher: Launcher, timeout: float) -> MeshState:

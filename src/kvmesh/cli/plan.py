@@ -26,7 +26,10 @@ class ServicePlan:
 
 @dataclass(frozen=True, slots=True)
 class MeshPlan:
-    """A mesh on loopback. `settings` (KVMESH_* by name) reach every process; `prefix` begins each worker id."""
+    """A mesh on loopback. `settings` (KVMESH_* by name) reach every process; `prefix` begins each worker id.
+
+    In KVMESH_DISK_PATH each store gets a folder of its own.
+    """
 
     model: str
     prefill: int = 1
@@ -35,10 +38,12 @@ class MeshPlan:
     port: int = DEFAULT_PORT
     prefix: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
+    mixed: int = 0
 
     def services(self, redis_url: str) -> list[ServicePlan]:
         """Stores first and the router last: each finds what it needs already starting."""
-        counts = {Role.KVSTORE: self.kvstore, Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.ROUTER: 1}
+        workers = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}
+        counts = {Role.KVSTORE: self.kvstore, **workers, Role.ROUTER: 1}
         return [self._service(role, i, redis_url) for role, count in counts.items() for i in range(count)]
 
     def _service(self, role: Role, number: int, redis_url: str) -> ServicePlan:
@@ -52,6 +57,8 @@ class MeshPlan:
             "KVMESH_MODEL": self.model,
             "PYTHONUNBUFFERED": "1",
         }
+        if folder := self.settings.get("KVMESH_DISK_PATH"):
+            environment["KVMESH_DISK_PATH"] = str(Path(folder) / name)
         return ServicePlan(name, role, (sys.executable, "-m", f"kvmesh_{role}"), environment)
 
 

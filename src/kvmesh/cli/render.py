@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvmesh.cli.store_tables import qualities, savings_of
 from kvmesh.client import Delta, Finish, PromptInfo, WorkerStatus
 
 MAX_WIDTH = 1000
 STATUS_COLUMNS = (
-    "role", "worker", "address", "pid", "epoch", "running", "waiting", "blocks", "leases", "chunks", "uptime"
+    "role", "worker", "address", "pid", "epoch", "running", "waiting", "blocks", "leases", "chunks", "saved", "quality",
+    "uptime",
 )  # fmt: skip
 
 
@@ -52,7 +54,9 @@ def timings_line(finish: Finish) -> str:
         "per token": t.per_token_seconds,
     }
     times = " · ".join(f"{name} {duration(seconds)}" for name, seconds in hops.items())
-    tokens = f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached, {usage.transferred_tokens} moved)"
+    lossy = any(quality != "raw" for quality in usage.chunks_by_quality)
+    moved = f"{usage.transferred_tokens} moved" + (f" as {qualities(usage.chunks_by_quality)}" if lossy else "")
+    tokens = f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached, {moved})"
     recovered = f" · {finish.recoveries} recoveries" if finish.recoveries else ""
     return f"{times} · {tokens} → {usage.completion_tokens} tokens{recovered}"
 
@@ -81,7 +85,9 @@ def _status_row(worker: WorkerStatus, check: bool) -> list[str]:
     if s is None:
         return [*identity, f"[red]{worker.error or 'no answer'}[/red]"]
     blocks = f"{s.blocks_used}/{s.blocks_cached}/{s.blocks_total}" if s.blocks_total else "-"
-    load = [str(s.running), str(s.waiting), blocks, str(s.leases), str(s.chunks), duration(s.uptime_seconds)]
+    stored = savings_of(s.raw_bytes, s.memory_bytes + s.disk_bytes) if s.raw_bytes else "-"
+    load = [str(s.running), str(s.waiting), blocks, str(s.leases), str(s.chunks)]
+    load += [stored, qualities(s.chunks_by_quality), duration(s.uptime_seconds)]
     verdict = "[red]" + "; ".join(s.integrity_errors) + "[/red]" if s.integrity_errors else "[green]good[/green]"
     return [*identity, *load, *([verdict] if check else [])]
 

@@ -51,6 +51,8 @@ class StateFile:
         self._home = home or state_home()
         self.path = self._home / f"{name}.json"
         self.logs = self._home / f"{name}.logs"
+        self.chunks = self._home / f"{name}.chunks"
+        """The disk tiers of its stores."""
 
     def load(self) -> MeshState | None:
         """None if there is none, or if it is not readable as one."""

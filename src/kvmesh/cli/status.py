@@ -19,7 +19,7 @@ def status(
         bool, typer.Option("--check", help="Run the integrity check of every pool; fail on a bad one.")
     ] = False,
 ) -> None:
-    """Show each service with its load, blocks (used/cached/total) and leases in use."""
+    """Show each service with its load, blocks (used/cached/total), leases in use, and what codecs save and store."""
     with connect(address) as client:
         workers = client.status(check)
     if json:

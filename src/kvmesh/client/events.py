@@ -5,7 +5,8 @@ Pure: no channel, no asyncio.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmesh.rpc.convert import (
@@ -63,6 +64,8 @@ class Usage:
     cached_tokens: int = 0
     transferred_tokens: int = 0
     recomputed_tokens: int = 0
+    fetched_bytes: int = 0
+    chunks_by_quality: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ def delta_from_proto(message: router_pb2.Delta) -> Delta:
 def finish_from_proto(message: router_pb2.FinishInfo) -> Finish:
     return Finish(
         tuple(map(_choice, message.choices)),
-        _read(Usage, message.usage),
+        replace(_read(Usage, message.usage), chunks_by_quality=dict(message.usage.chunks_by_quality)),
         _read(Timings, message.timings),
         message.recoveries,
         message.prefill_worker,

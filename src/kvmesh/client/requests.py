@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     model: str
     request_id: str
     cache_salt: str
+    low_priority: bool
     temperature: float
     top_p: float
     top_k: int

@@ -1,40 +1,56 @@
 """A ticket's chunks, to and from whoever holds them.
 
 Moves bytes only: encoding, decoding and verifying are the caller's, in a pool. A source that is dead, slow or lying
-costs its own chunks and nothing else: each of them becomes a miss. Nothing here raises for what a source does; a caller
-learns of it by the result and recomputes. Memory is bounded by READ_AHEAD chunks for each source.
+costs what it alone holds and nothing else: each such chunk becomes a miss. Nothing here raises for what a source does;
+a caller learns of it by the result and recomputes.
+
+Leases and puts go to the owners of a chunk; reads go on to its former owners, without a lease: see `kv.ticket`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import grpc
-
-from kvmesh.errors import KvmeshError
+from kvmesh.errors import DeadlineExceeded, KvmeshError, Unavailable
 from kvmesh.kv.bitstream import MAX_BITSTREAM_BYTES
-from kvmesh.kv.ticket import parent_of
-from kvmesh.rpc.stream import AwaitableCall, stream, unary
+from kvmesh.kv.reading import MAX_KEYS, Channels, Fetched, Reader, name
+from kvmesh.kv.silence import Silence
+from kvmesh.kv.ticket import candidates, owners, parent_of
+from kvmesh.rpc.stream import AwaitableCall, unary
 from kvmesh.types import ChunkRef, KvTicket
 from kvmesh.v1 import kvstore_pb2 as pb
 from kvmesh.v1 import kvstore_pb2_grpc as rpc
 
+__all__ = ["ChunkStat", "Fetched", "StoreClient"]
+
 FRAME_BYTES = 1 << 20
-MAX_KEYS = 4096
-READ_AHEAD = 2
-"""Chunks that a source may be ahead of the consumer."""
+LAGGARD_SECONDS = 1.0
+"""What a replica may at least take longer than the first before it is given up."""
+
+SILENT = (DeadlineExceeded, Unavailable)
 
 Reply = TypeVar("Reply")
 log = logging.getLogger(__name__)
 
 
-class Channels(Protocol):
-    """What is needed of `kvmesh.rpc.channel.ChannelPool`."""
+@dataclass(frozen=True, slots=True)
+class ChunkStat:
+    """What a source says of a chunk that it has. `layer_ends`, in bytes: prefixes that decode, the last is the whole.
 
-    def get(self, address: str) -> grpc.aio.Channel: ...
+    `codec`: its id in the bitstream. `tier`: pb.CHUNK_TIER_*. `source` indexes the ticket's.
+    """
+
+    size: int
+    layer_ends: tuple[int, ...]
+    codec: int
+    tier: int
+    leases: int
+    source: int
 
 
 class StoreClient:
@@ -43,10 +59,13 @@ class StoreClient:
     def __init__(self, channels: Channels, *, timeout: float = 2.0, max_chunk_bytes: int = MAX_BITSTREAM_BYTES) -> None:
         self._channels = channels
         self._timeout = timeout
-        self._max_chunk_bytes = max_chunk_bytes
+        self._silence = Silence()
+        self._reader = Reader(channels, self._silence, max_chunk_bytes)
+        self.missed_replicas = 0
+        """Puts that an owner did not take though another did."""
 
     async def acquire(self, ticket: KvTicket) -> frozenset[int]:
-        """Takes the ticket's lease, or extends it, in each source that it places chunks at; returns who granted it."""
+        """Takes the ticket's lease, or extends it, in each owner of a chunk; returns who granted it."""
         request = pb.AcquireLeaseRequest(lease_id=ticket.lease_id, ttl_ms=ticket.lease_ttl_ms)
         return await self._each(ticket, lambda store: store.AcquireLease(request, timeout=self._timeout))
 
@@ -61,17 +80,61 @@ class StoreClient:
         await self._each(ticket, lambda store: store.ReleaseLease(request, timeout=self._timeout))
 
     async def find_missing(self, ticket: KvTicket, chunks: Sequence[ChunkRef]) -> set[bytes]:
-        """Keys of the chunks that their source lacks; it pins the others under the lease. A dead source lacks all."""
-        pages = [
-            (source, [c.key for c in theirs[i : i + MAX_KEYS]])
-            for source, theirs in _by_source(chunks).items()
-            for i in range(0, len(theirs), MAX_KEYS)
-        ]
-        missing = await asyncio.gather(*(self._missing(ticket, source, keys) for source, keys in pages))
-        return set().union(*missing)
+        """Keys of the chunks that no source has. Owners pin the others under the lease; a dead source lacks all."""
+        missing = await self._missing(ticket, chunks, owners, ticket.lease_id)
+        rest = [chunk for chunk in chunks if chunk.key in missing]
+        return await self._missing(ticket, rest, self._former_owners, None)
+
+    async def stat(self, ticket: KvTicket, chunks: Sequence[ChunkRef]) -> dict[bytes, ChunkStat]:
+        """What is known of the chunks that some source has, by key. Read only: nothing is touched or pinned."""
+        pages = list(_pages(ticket, chunks, candidates))
+        answers = await asyncio.gather(*(self._stat(ticket, source, keys) for source, keys in pages))
+        found = {(source, stat.key): stat for (source, _), page in zip(pages, answers, strict=True) for stat in page}
+        stats: dict[bytes, ChunkStat] = {}
+        for chunk in chunks:
+            for source in candidates(ticket, chunk):
+                if chunk.key not in stats and (stat := found.get((source, chunk.key))):
+                    stats[chunk.key] = _chunk_stat(stat, source)
+        return stats
 
     async def put(self, ticket: KvTicket, index: int, bitstream: bytes, *, timeout: float) -> bool:
-        """Stores chunk `index` at its source, under the lease. False: it is not there; the log says why."""
+        """Stores chunk `index` at its owners, under the lease. False: none took it; the log says why."""
+        sources = owners(ticket, ticket.chunks[index])
+        puts = {
+            asyncio.create_task(self._put(ticket, index, source, bitstream, timeout)): ticket.sources[source].address
+            for source in sources
+        }
+        try:
+            return await self._settle(puts)
+        finally:
+            for each in puts:
+                each.cancel()
+
+    def get(
+        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float
+    ) -> AsyncGenerator[tuple[ChunkRef, bytes | None], None]:
+        """The bitstreams of `chunks`, in their order; None is a miss. See `Reader.get`."""
+        return self._reader.get(ticket, chunks, timeout_per_chunk=timeout_per_chunk)
+
+    async def fetch(self, ticket: KvTicket, chunk: ChunkRef, *, layers: int = 0, timeout: float) -> Fetched | None:
+        """One chunk, or its first `layers` quality layers; None is a miss. See `Reader.fetch`."""
+        return await self._reader.fetch(ticket, chunk, layers=layers, timeout=timeout)
+
+    async def _settle(self, puts: Mapping[asyncio.Task[bool], str]) -> bool:
+        """True as soon as one has succeeded and the others, at these addresses, had as much time again."""
+        began, waiting = time.monotonic(), set(puts)
+        while waiting and not any(map(_took, puts)):
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if hopeful := [put for put in waiting if puts[put] not in self._silence]:
+            await asyncio.wait(hopeful, timeout=max(LAGGARD_SECONDS, time.monotonic() - began))
+        for put, address in puts.items():
+            if not put.done():
+                self._silence.note(address)
+        taken = sum(map(_took, puts))
+        self.missed_replicas += len(puts) - taken if taken else 0
+        return taken > 0
+
+    async def _put(self, ticket: KvTicket, index: int, source: int, bitstream: bytes, timeout: float) -> bool:
         chunk = ticket.chunks[index]
         header = pb.PutChunkHeader(
             key=chunk.key,
@@ -79,131 +142,85 @@ class StoreClient:
             size=len(bitstream),
             parent_key=parent_of(ticket, index),
             tail=chunk.tail,
+            tenant=ticket.tenant,
         )
-        call = self._store(ticket, chunk.source).PutChunks(_put(header, ticket.lease_id, bitstream), timeout=timeout)
-        response = await self._answer(call, ticket, chunk.source)
+        call = self._store(ticket, source).PutChunks(_parts(header, ticket.lease_id, bitstream), timeout=timeout)
+        response = await self._answer(call, ticket, source)
         status = response.results[0].status if response and response.results else pb.CHUNK_STATUS_UNSPECIFIED
         if status in (pb.CHUNK_STATUS_CORRUPT, pb.CHUNK_STATUS_FULL):
-            log.warning("%s did not take a chunk: %s", _name(ticket, chunk.source), pb.ChunkStatus.Name(status))
+            log.warning("%s did not take a chunk: %s", name(ticket.sources[source]), pb.ChunkStatus.Name(status))
         return status in (pb.CHUNK_STATUS_OK, pb.CHUNK_STATUS_EXISTS)
 
-    async def get(
-        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float
-    ) -> AsyncGenerator[tuple[ChunkRef, bytes | None], None]:
-        """The bitstreams of `chunks`, in their order, while all sources stream at once; None is a miss.
+    async def _missing(
+        self, ticket: KvTicket, chunks: Sequence[ChunkRef], route: Route, lease_id: str | None
+    ) -> set[bytes]:
+        """Keys that no source of their route has."""
+        pages = list(_pages(ticket, chunks, route))
+        answers = await asyncio.gather(*(self._find(ticket, source, keys, lease_id) for source, keys in pages))
+        return {chunk.key for chunk in chunks} - set().union(*answers)
 
-        The first chunk that takes longer than `timeout_per_chunk` seconds makes a miss of the rest of its source. Time
-        that the consumer takes does not count. Close the iterator (`contextlib.aclosing`) when leaving it early.
-        """
-        groups = _by_source(chunks)
-        queues = {source: asyncio.Queue[bytes | None](READ_AHEAD) for source in groups}
-        pumps = [
-            asyncio.create_task(self._pump(ticket, source, theirs, timeout_per_chunk, queues[source]))
-            for source, theirs in groups.items()
-        ]
-        try:
-            for chunk in chunks:
-                yield chunk, await queues[chunk.source].get()
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-
-    async def _pump(
-        self,
-        ticket: KvTicket,
-        source: int,
-        chunks: Sequence[ChunkRef],
-        timeout: float,
-        queue: asyncio.Queue[bytes | None],
-    ) -> None:
-        """Puts exactly one result for each chunk: a consumer waits for it."""
-        given = 0
-        try:
-            for i in range(0, len(chunks), MAX_KEYS):
-                keys = [chunk.key for chunk in chunks[i : i + MAX_KEYS]]
-                async with stream(self._source(ticket, source).GetChunks(pb.GetChunksRequest(keys=keys))) as call:
-                    parts = aiter(call)
-                    for key in keys:
-                        async with asyncio.timeout(timeout):
-                            bitstream = await _receive(parts, key, self._max_chunk_bytes)
-                        await queue.put(bitstream)
-                        given += 1
-        except Exception as error:  # whatever it is, the consumer must not wait for ever
-            lost = len(chunks) - given
-            log.warning("%s lost %d chunks: %s", _name(ticket, source), lost, error or type(error).__name__)
-        for _ in range(len(chunks) - given):
-            await queue.put(None)
-
-    async def _missing(self, ticket: KvTicket, source: int, keys: list[bytes]) -> set[bytes]:
-        request = pb.FindMissingChunksRequest(keys=keys, lease_id=ticket.lease_id)
+    async def _find(self, ticket: KvTicket, source: int, keys: list[bytes], lease_id: str | None) -> set[bytes]:
+        request = pb.FindMissingChunksRequest(keys=keys, lease_id=lease_id)
         call = self._store(ticket, source).FindMissingChunks(request, timeout=self._timeout)
         response = await self._answer(call, ticket, source)
-        return set(keys if response is None else response.missing_keys)
+        return set() if response is None else set(keys) - set(response.missing_keys)
+
+    async def _stat(self, ticket: KvTicket, source: int, keys: list[bytes]) -> list[pb.ChunkStat]:
+        call = self._store(ticket, source).StatChunks(pb.StatChunksRequest(keys=keys), timeout=self._timeout)
+        response = await self._answer(call, ticket, source)
+        return [stat for stat in response.chunks if stat.present] if response else []
 
     async def _each(
         self, ticket: KvTicket, ask: Callable[[rpc.KvStoreServiceAsyncStub], AwaitableCall[Any]]
     ) -> frozenset[int]:
-        sources = list(_by_source(ticket.chunks))
+        sources = sorted({source for chunk in ticket.chunks for source in owners(ticket, chunk)})
         answers = await asyncio.gather(*(self._answer(ask(self._store(ticket, s)), ticket, s) for s in sources))
         return frozenset(source for source, answer in zip(sources, answers, strict=True) if answer is not None)
 
     async def _answer(self, call: AwaitableCall[Reply], ticket: KvTicket, source: int) -> Reply | None:
+        address = ticket.sources[source].address
         try:
-            return await unary(call)
+            answer = await unary(call)
         except KvmeshError as error:
-            log.warning("%s: %s", _name(ticket, source), error)
+            if isinstance(error, SILENT):
+                self._silence.note(address)
+            log.warning("%s: %s", name(ticket.sources[source]), error)
             return None
+        self._silence.broken(address)
+        return answer
+
+    def _former_owners(self, ticket: KvTicket, chunk: ChunkRef) -> list[int]:
+        """Those who answer: no request waits long for what is only perhaps there."""
+        former = candidates(ticket, chunk)[ticket.replicas :]
+        return [source for source in former if ticket.sources[source].address not in self._silence]
 
     def _store(self, ticket: KvTicket, source: int) -> rpc.KvStoreServiceAsyncStub:
         return rpc.KvStoreServiceStub(self._channels.get(ticket.sources[source].address))
 
-    def _source(self, ticket: KvTicket, source: int) -> rpc.ChunkSourceServiceAsyncStub:
-        return rpc.ChunkSourceServiceStub(self._channels.get(ticket.sources[source].address))
+
+Route = Callable[[KvTicket, ChunkRef], Iterable[int]]
+"""The sources that are to be asked for a chunk."""
 
 
-class _BrokenStream(Exception):
-    """A source that does not keep to the protocol."""
+def _pages(ticket: KvTicket, chunks: Sequence[ChunkRef], route: Route) -> Iterator[tuple[int, list[bytes]]]:
+    """What to ask each source for, as many keys at a time as one request may name."""
+    asked: dict[int, list[bytes]] = {}
+    for chunk in chunks:
+        for source in route(ticket, chunk):
+            asked.setdefault(source, []).append(chunk.key)
+    for source, keys in asked.items():
+        yield from ((source, keys[i : i + MAX_KEYS]) for i in range(0, len(keys), MAX_KEYS))
 
 
-async def _receive(parts: AsyncIterator[pb.GetChunksResponse], key: bytes, limit: int) -> bytes | None:
-    """One chunk from a GetChunks stream; nothing is allocated on the word of the source."""
-    header = await _next(parts, "header")
-    if header.header.key != key:
-        raise _BrokenStream("chunks out of order")
-    if header.header.status != pb.CHUNK_STATUS_OK:
-        return None
-    left = header.header.size
-    if not 0 < left <= limit:
-        raise _BrokenStream(f"a chunk of {left} bytes")
-    frames: list[bytes] = []
-    while left:
-        frames.append((await _next(parts, "data")).data)
-        left -= len(frames[-1])
-        if not frames[-1] or left < 0:
-            raise _BrokenStream("a chunk of another size than its header says")
-    return b"".join(frames)
+def _took(put: asyncio.Task[bool]) -> bool:
+    return put.done() and put.result()
 
 
-async def _next(parts: AsyncIterator[pb.GetChunksResponse], kind: str) -> pb.GetChunksResponse:
-    part = await anext(parts, None)
-    if part is None or part.WhichOneof("part") != kind:
-        raise _BrokenStream(f"no {kind} where one is due")
-    return part
+def _chunk_stat(stat: pb.ChunkStat, source: int) -> ChunkStat:
+    return ChunkStat(stat.size, tuple(stat.layer_ends), stat.codec_id, stat.tier, stat.leases, source)
 
 
-def _put(header: pb.PutChunkHeader, lease_id: str, bitstream: bytes) -> Iterator[pb.PutChunksRequest]:
+def _parts(header: pb.PutChunkHeader, lease_id: str, bitstream: bytes) -> Iterator[pb.PutChunksRequest]:
     yield pb.PutChunksRequest(header=header, lease_id=lease_id)
     for start in range(0, len(bitstream), FRAME_BYTES):
         yield pb.PutChunksRequest(data=bitstream[start : start + FRAME_BYTES])
-
-
-def _by_source(chunks: Sequence[ChunkRef]) -> dict[int, list[ChunkRef]]:
-    groups: dict[int, list[ChunkRef]] = {}
-    for chunk in chunks:
-        groups.setdefault(chunk.source, []).append(chunk)
-    return groups
-
-
-def _name(ticket: KvTicket, source: int) -> str:
-    return f"source {ticket.sources[source].worker_id} at {ticket.sources[source].address}"

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
+from kvmesh.types import TENANT_BYTES
+
 KEY_BYTES = 32
 
 
@@ -23,6 +25,11 @@ def namespace_root(fingerprint: str, salt: str) -> bytes:
     """Where the chains of a namespace start. A tenant's salt enters here only: the chain spreads it."""
     name = fingerprint.encode()
     return sha256(b"kvmesh.namespace\0" + struct.pack("<I", len(name)) + name + salt.encode()).digest()
+
+
+def tenant_of(salt: str) -> bytes:
+    """What stores know the owner of a salt by, TENANT_BYTES of a hash: they count his chunks, and learn no salt."""
+    return sha256(b"kvmesh.tenant\0" + salt.encode()).digest()[:TENANT_BYTES] if salt else b""
 
 
 def chain(root: bytes, tokens: Sequence[int], step: int) -> list[bytes]:

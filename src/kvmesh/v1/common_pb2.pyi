@@ -616,7 +616,7 @@ class Usage(_message.Message):
     """Bytes of bitstreams that prefill and decode worker fetched."""
     @_builtins.property
     def chunks_by_quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Chunks that they fetched, by codec and quality layers, as in "transform/2"."""
+        """Chunks that they fetched, by codec and quality layers, as in "transform:2"."""
 
     def __init__(
         self,
@@ -811,6 +811,9 @@ class WorkerStatistics(_message.Message):
     PUBLISHED_RAW_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     MISSED_CHUNKS_TOTAL_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    POWER_WATTS_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_TOTAL_FIELD_NUMBER: _builtins.int
+    POWER_DOMAIN_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     blocks_total: _builtins.int
@@ -845,6 +848,13 @@ class WorkerStatistics(_message.Message):
     """Prompt tokens that were computed though they were stored, because that was
     faster or because a chunk was missed.
     """
+    power_watts: _builtins.float
+    """Power now, in watts, and energy since the start, in joules, of
+    power_domain: workers of one domain share a meter and report the same
+    energy. Empty: there is no meter.
+    """
+    energy_joules_total: _builtins.float
+    power_domain: _builtins.str
     @_builtins.property
     def integrity_errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What check_integrity() found; empty is good. Filled on request."""
@@ -883,10 +893,13 @@ class WorkerStatistics(_message.Message):
         published_raw_bytes_total: _builtins.int = ...,
         missed_chunks_total: _builtins.int = ...,
         recomputed_tokens_total: _builtins.int = ...,
+        power_watts: _builtins.float = ...,
+        energy_joules_total: _builtins.float = ...,
+        power_domain: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "fetched_bytes_total", b"fetched_bytes_total", "fetched_raw_bytes_total", b"fetched_raw_bytes_total", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "missed_chunks_total", b"missed_chunks_total", "misses_total", b"misses_total", "preemptions_total", b"preemptions_total", "published_bytes_total", b"published_bytes_total", "published_raw_bytes_total", b"published_raw_bytes_total", "raw_bytes", b"raw_bytes", "recomputed_tokens_total", b"recomputed_tokens_total", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "energy_joules_total", b"energy_joules_total", "fetched_bytes_total", b"fetched_bytes_total", "fetched_raw_bytes_total", b"fetched_raw_bytes_total", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "missed_chunks_total", b"missed_chunks_total", "misses_total", b"misses_total", "power_domain", b"power_domain", "power_watts", b"power_watts", "preemptions_total", b"preemptions_total", "published_bytes_total", b"published_bytes_total", "published_raw_bytes_total", b"published_raw_bytes_total", "raw_bytes", b"raw_bytes", "recomputed_tokens_total", b"recomputed_tokens_total", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -140,6 +140,41 @@ class ResponseOptions(_message.Message):
 Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
+class Objectives(_message.Message):
+    """When this request's tokens should come. A request that is predicted to miss
+    one is refused at once.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    TPOT_SECONDS_FIELD_NUMBER: _builtins.int
+    ttft_seconds: _builtins.float
+    """Seconds to the first token, > 0. Default: the router's."""
+    tpot_seconds: _builtins.float
+    """Seconds for each token after it, > 0. Default: the router's."""
+    def __init__(
+        self,
+        *,
+        ttft_seconds: _builtins.float | None = ...,
+        tpot_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tpot_seconds", b"_tpot_seconds", "_ttft_seconds", b"_ttft_seconds", "tpot_seconds", b"tpot_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tpot_seconds", b"_tpot_seconds", "_ttft_seconds", b"_ttft_seconds", "tpot_seconds", b"tpot_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tpot_seconds: _TypeAlias = _typing.Literal["tpot_seconds"]  # noqa: Y015
+    _WhichOneofArgType__tpot_seconds: _TypeAlias = _typing.Literal["_tpot_seconds", b"_tpot_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_seconds: _TypeAlias = _typing.Literal["ttft_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttft_seconds: _TypeAlias = _typing.Literal["_ttft_seconds", b"_ttft_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_seconds) -> _WhichOneofReturnType__tpot_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_seconds) -> _WhichOneofReturnType__ttft_seconds | None: ...
+
+Global___Objectives: _TypeAlias = Objectives  # noqa: Y015
+
+@_typing.final
 class GenerateStreamRequest(_message.Message):
     """One generation. GenerateRequest and GenerateStreamRequest have equal fields."""
 
@@ -154,6 +189,8 @@ class GenerateStreamRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    LOW_PRIORITY_FIELD_NUMBER: _builtins.int
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request for Abort; unique among running ones. Default: chosen."""
     model: _builtins.str
@@ -164,6 +201,8 @@ class GenerateStreamRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """KV is shared only among requests of equal salt."""
+    low_priority: _builtins.bool
+    """Refused first where power or room is short."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Rendered by the chat template of the model."""
@@ -176,6 +215,8 @@ class GenerateStreamRequest(_message.Message):
     def stopping(self) -> _common_pb2.StoppingParameters: ...
     @_builtins.property
     def response(self) -> Global___ResponseOptions: ...
+    @_builtins.property
+    def objectives(self) -> Global___Objectives: ...
     def __init__(
         self,
         *,
@@ -188,10 +229,12 @@ class GenerateStreamRequest(_message.Message):
         stopping: _common_pb2.StoppingParameters | None = ...,
         response: Global___ResponseOptions | None = ...,
         cache_salt: _builtins.str | None = ...,
+        low_priority: _builtins.bool = ...,
+        objectives: Global___Objectives | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "objectives", b"objectives", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "low_priority", b"low_priority", "model", b"model", "objectives", b"objectives", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
@@ -225,10 +268,13 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    LOW_PRIORITY_FIELD_NUMBER: _builtins.int
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     text: _builtins.str
     cache_salt: _builtins.str
+    low_priority: _builtins.bool
     @_builtins.property
     def chat(self) -> Global___ChatMessages: ...
     @_builtins.property
@@ -239,6 +285,8 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> _common_pb2.StoppingParameters: ...
     @_builtins.property
     def response(self) -> Global___ResponseOptions: ...
+    @_builtins.property
+    def objectives(self) -> Global___Objectives: ...
     def __init__(
         self,
         *,
@@ -251,10 +299,12 @@ class GenerateRequest(_message.Message):
         stopping: _common_pb2.StoppingParameters | None = ...,
         response: Global___ResponseOptions | None = ...,
         cache_salt: _builtins.str | None = ...,
+        low_priority: _builtins.bool = ...,
+        objectives: Global___Objectives | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "objectives", b"objectives", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "low_priority", b"low_priority", "model", b"model", "objectives", b"objectives", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015

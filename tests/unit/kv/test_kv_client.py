@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,11 @@ class Stalled(Source):
         await asyncio.Event().wait()
 
 
+class Taker(Source):
+    async def PutChunks(self, requests, context):
+        return pb.PutChunksResponse(results=[pb.PutChunkResult(status=OK) async for r in requests if r.header.key])
+
+
 class Scripted(Source):
     """The same parts for every chunk, whatever was asked."""
 
@@ -65,6 +71,20 @@ class Scripted(Source):
     async def chunk(self, key):
         for part in self.parts:
             yield part(key)
+
+
+class Owner(Source):
+    """Has those chunks of `ticket` that its number owns, no others."""
+
+    ticket: KvTicket
+    number = 0
+
+    async def chunk(self, key):
+        if next(chunk for chunk in self.ticket.chunks if chunk.key == key).source != self.number:
+            yield header(key, 0, MISSING)
+            return
+        async for part in super().chunk(key):
+            yield part
 
 
 def header(key: bytes, size: int, status: int = OK) -> pb.GetChunksResponse:
@@ -127,20 +147,46 @@ async def test_chunks_of_several_sources_come_in_token_order(mesh):
     assert await mesh.get(ticket) == [chunk.key for chunk in ticket.chunks]
 
 
-async def test_a_dead_source_costs_its_own_chunks(mesh):
-    good = await mesh.start(Source(), "good")
-    ticket = ticket_for(good, ChunkSource("dead", "127.0.0.1:1"))
+async def test_a_dead_source_costs_what_it_alone_holds(mesh):
+    owner = Owner()
+    owner.ticket = ticket = ticket_for(await mesh.start(owner, "good"), ChunkSource("dead", "127.0.0.1:1"))
     assert await mesh.get(ticket) == only(ticket, 0)
     assert None in await mesh.get(ticket)
 
 
-async def test_a_stalled_source_costs_its_own_chunks_and_its_stream_is_cancelled(mesh):
-    stalled = Stalled()
-    ticket = ticket_for(await mesh.start(Source(), "good"), await mesh.start(stalled, "stalled"))
+async def test_a_stalled_source_costs_what_it_alone_holds_and_its_stream_is_cancelled(mesh):
+    owner, stalled = Owner(), Stalled()
+    owner.ticket = ticket = ticket_for(await mesh.start(owner, "good"), await mesh.start(stalled, "stalled"))
     assert await mesh.get(ticket, timeout=0.3) == only(ticket, 0)
     async with asyncio.timeout(10.0):
         while stalled.open:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "other", [ChunkSource("dead", "127.0.0.1:1"), Stalled(), Scripted(), Scripted(lambda k: data(k))]
+)
+async def test_whatever_a_source_does_the_next_is_asked(mesh, other):
+    other = other if isinstance(other, ChunkSource) else await mesh.start(other, "other")
+    ticket = ticket_for(other, await mesh.start(Source(), "good"))
+    assert await mesh.get(ticket, timeout=0.3) == [chunk.key for chunk in ticket.chunks]
+    for chunk in ticket.chunks[:3]:
+        fetched = await mesh.client.fetch(ticket, chunk, timeout=1.0)
+        assert (fetched.bits, fetched.source) == (chunk.key, 1)
+
+
+async def test_a_fetch_that_nobody_answers_ends_in_time(mesh):
+    ticket = ticket_for(await mesh.start(Stalled(), "one"), await mesh.start(Stalled(), "two"), chunks=1)
+    async with asyncio.timeout(10.0):
+        assert await mesh.client.fetch(ticket, ticket.chunks[0], timeout=0.2) is None
+
+
+async def test_a_replica_that_does_not_take_a_chunk_is_not_waited_for(mesh):
+    ticket = replace(ticket_for(await mesh.start(Taker(), "one"), await mesh.start(Stalled(), "two")), replicas=2)
+    async with asyncio.timeout(10.0):
+        for index in range(8):
+            assert await mesh.client.put(ticket, index, b"x", timeout=60.0)
+    assert mesh.client.missed_replicas == 8
 
 
 async def test_a_store_that_does_not_answer_has_nothing_and_grants_nothing(mesh):

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmesh.kv.keys import chain, fingerprint, namespace_root, tail_key
-from kvmesh.kv.ticket import parent_of, rendezvous, write_ticket
-from kvmesh.types import CHUNK_TOKENS, ChunkSource
+from kvmesh.kv.keys import chain, fingerprint, namespace_root, tail_key, tenant_of
+from kvmesh.kv.ticket import candidates, owners, parent_of, ranking, rendezvous, write_ticket
+from kvmesh.types import CHUNK_TOKENS, TENANT_BYTES, ChunkSource
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=3 * CHUNK_TOKENS)
 SOURCES = [ChunkSource(f"store-{i}", f"127.0.0.1:{i}") for i in range(1, 6)]
@@ -77,12 +78,45 @@ def test_without_sources_a_ticket_names_no_chunk():
     assert ticket(range(600), sources=[]).chunks == ()
 
 
-@given(st.binary(min_size=32, max_size=32), st.permutations(SOURCES))
-def test_placement_ignores_order_and_only_moves_what_it_must(key, shuffled):
-    chosen = SOURCES[rendezvous(key, SOURCES)]
-    assert shuffled[rendezvous(key, shuffled)] == chosen
-    fewer = [source for source in SOURCES if source != SOURCES[0]]
-    assert chosen == SOURCES[0] or fewer[rendezvous(key, fewer)] == chosen
+NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=8, unique=True)
+KEY = st.binary(min_size=32, max_size=32)
+
+
+@given(KEY, st.permutations(SOURCES))
+def test_placement_ignores_the_order_of_sources(key, shuffled):
+    assert [shuffled[i] for i in ranking(key, shuffled)] == [SOURCES[i] for i in ranking(key, SOURCES)]
+    assert ranking(key, shuffled)[0] == rendezvous(key, shuffled)
+
+
+@given(KEY, NAMES)
+def test_who_joins_takes_only_what_it_wins_and_the_others_keep_their_order(key, names):
+    *old, newcomer = [ChunkSource(name, "") for name in names]
+    before = [old[i] for i in ranking(key, old)]
+    after = [[*old, newcomer][i] for i in ranking(key, [*old, newcomer])]
+    assert [source for source in after if source != newcomer] == before
+
+
+@given(NAMES, st.integers(1, 4))
+def test_after_a_join_readers_find_every_chunk_where_it_was_put(names, replicas):
+    *old, _ = sources = [ChunkSource(name, "") for name in names]
+    before, after = (replace(ticket(range(600), sources=group), replicas=replicas) for group in (old, sources))
+    for then, now in zip(before.chunks, after.chunks, strict=True):
+        put_at = set(owners(before, then))
+        assert put_at <= set(candidates(after, now))
+        assert put_at - set(owners(after, now)) == set() or len(sources) - 1 in owners(after, now)
+
+
+def test_a_joining_source_takes_about_its_share():
+    old, new = (ticket(range(600 * CHUNK_TOKENS), sources=SOURCES[:n]) for n in (4, 5))
+    moved = sum(a.source != b.source for a, b in zip(old.chunks, new.chunks, strict=True))
+    assert abs(moved - 600 / 5) < 60
+
+
+def test_a_tenants_name_tells_salts_apart_and_does_not_tell_the_salt():
+    assert tenant_of("") == b""
+    assert len({tenant_of(salt) for salt in ("a", "b", "ab", "a\0")}) == 4
+    assert ticket(range(600), salt="a").tenant == tenant_of("a")
+    assert all(len(tenant_of(salt)) == TENANT_BYTES for salt in ("a", "x" * 999))
 
 
 def test_placement_is_even():

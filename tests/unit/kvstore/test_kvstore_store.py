@@ -6,13 +6,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvmesh.errors import InvalidArgument, NotFound, Overloaded
-from kvmesh_kvstore.chunks import Entry, Offer, Tier
+from kvmesh_kvstore.chunks import Entry, Offer, Tier, Traits
 from kvmesh_kvstore.eviction import Demote, Evict, Place
+from kvmesh_kvstore.integrity import problems
 from kvmesh_kvstore.leases import LeaseTable
 from kvmesh_kvstore.store import ChunkStore
 
 KEYS = [bytes([i]) * 32 for i in range(1, 9)]
 LEASES = ["a", "b", "c"]
+TENANTS = [b"", b"t" * 16]
+
+
+def traits(offer: Offer) -> Traits:
+    return Traits(1, 2 * offer.size, (offer.size,))
 
 
 def put(store: ChunkStore, offer: Offer, lease_id: str | None = None, now: float = 0.0) -> list[bytes] | None:
@@ -20,29 +26,31 @@ def put(store: ChunkStore, offer: Offer, lease_id: str | None = None, now: float
     evicted: list[bytes] = []
     if store.exists(offer, lease_id, now):
         return evicted
-    while decision := store.place(offer.size):
+    while decision := store.place(offer):
         match decision:
             case Place(tier):
-                store.insert(store.draft(offer, tier, lease_id), lease_id, now)
+                store.insert(store.draft(offer, traits(offer), tier, lease_id), lease_id, now)
                 return evicted
             case Demote(entry):
                 store.move(entry, Tier.DISK)
             case Evict(entry):
                 evicted.append(entry.key)
-                assert store.remove(entry)
+                assert store.evict(entry)
     return None
 
 
-def chunk(i: int, parent: int | None = None, size: int = 10, tail: bool = False) -> Offer:
-    return Offer(KEYS[i], "f", size, b"" if parent is None else KEYS[parent], tail)
+def chunk(i: int, parent: int | None = None, size: int = 10, tail: bool = False, tenant: bytes = b"") -> Offer:
+    return Offer(KEYS[i], "f", size, b"" if parent is None else KEYS[parent], tail, tenant)
 
 
 class Books(RuleBasedStateMachine):
     """The model: leases with their ends, and for each chunk its offer, owner and pins."""
 
-    @initialize(memory=st.sampled_from([0, 30, 60]), disk=st.sampled_from([0, 20, 50]))
-    def start(self, memory, disk):
-        self.store = ChunkStore(memory, disk, LeaseTable(max_leases=2, max_ttl=5.0))
+    @initialize(
+        memory=st.sampled_from([0, 30, 60]), disk=st.sampled_from([0, 20, 50]), quota=st.sampled_from([None, 25, 40])
+    )
+    def start(self, memory, disk, quota):
+        self.store = ChunkStore(memory, disk, LeaseTable(max_leases=2, max_ttl=5.0), quota)
         self.now = 0.0
         self.leases: dict[str, float] = {}
         self.chunks: dict[bytes, tuple[Offer, str | None, set[str]]] = {}
@@ -91,9 +99,10 @@ class Books(RuleBasedStateMachine):
         size=st.sampled_from([5, 10, 25, 55, 70]),
         tail=st.booleans(),
         lease_id=st.none() | st.sampled_from(LEASES),
+        tenant=st.sampled_from(TENANTS),
     )
-    def put(self, i, parent, size, tail, lease_id):
-        offer = chunk(i, parent if parent != i else None, size, tail)
+    def put(self, i, parent, size, tail, lease_id, tenant):
+        offer = chunk(i, parent if parent != i else None, size, tail, tenant)
         if not self.live(lease_id) or (tail and lease_id is None):
             with pytest.raises(NotFound if lease_id else InvalidArgument):
                 put(self.store, offer, lease_id, self.now)
@@ -147,7 +156,7 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def books_are_right(self):
-        assert self.store.check_integrity() == []
+        assert problems(self.store) == []
         assert {key: entry.pins for key, entry in self.store._entries.items()} == {
             key: pins for key, (_, _, pins) in self.chunks.items()
         }
@@ -164,21 +173,21 @@ class Books(RuleBasedStateMachine):
 
     def closes_a_ring(self, offer):
         ancestor = offer.parent
-        while ancestor in self.chunks:
+        while ancestor in self.chunks and self.chunks[ancestor][0].tenant == offer.tenant:
             ancestor = self.chunks[ancestor][0].parent
         return ancestor == offer.key
 
     def check_evictable(self, key):
-        _, _, pins = self.chunks[key]
+        victim, _, pins = self.chunks[key]
         assert not pins
-        assert all(offer.parent != key for offer, _, _ in self.chunks.values())
+        assert all((victim.tenant, key) != offer.continues for offer, _, _ in self.chunks.values())
 
     def check_nothing_more_could_go(self, size):
         """FULL: too large for any tier, or everything that could go would not help."""
         remaining = {entry.key: entry for entry in self.store._entries.values()}
         for key in set(self.chunks) - set(remaining):
             del self.chunks[key]
-        if size <= max(self.store.memory.budget, self.store.disk.budget):
+        if self.store.could_ever_place(chunk(0, size=size)):
             assert any(entry.pins for entry in remaining.values())
 
 
@@ -200,7 +209,7 @@ def test_the_least_recently_used_leaf_goes_first():
     store = ChunkStore(30)
     for i in range(3):
         put(store, chunk(i))
-    store.find_missing([KEYS[0]], None, 0.0)
+    store.get(KEYS[0])
     assert put(store, chunk(3)) == [KEYS[1]]
     store.get(KEYS[2])
     assert put(store, chunk(4)) == [KEYS[0]]
@@ -285,24 +294,24 @@ def test_a_key_belongs_to_one_namespace():
 def test_what_is_restored_beyond_the_budget_goes_leaf_first():
     store = ChunkStore(10, 20)
     for i, offer in enumerate((chunk(0), chunk(1, 0), chunk(2))):
-        assert store.restore(Entry(offer, i, Tier.DISK))
-    assert not store.restore(Entry(chunk(0), 9, Tier.DISK))
+        assert store.restore(Entry(offer, traits(offer), i, Tier.DISK))
+    assert not store.restore(Entry(chunk(0), traits(chunk(0)), 9, Tier.DISK))
     surplus = store.excess()
     assert surplus.key == KEYS[1]
     store.remove(surplus)
     assert store.excess() is None
-    assert store.draft(chunk(3), Tier.DISK, None).serial == 10
+    assert store.draft(chunk(3), traits(chunk(3)), Tier.DISK, None).serial == 10
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda s: s.memory.entries.popitem(), "exactly one tier"),
+        (lambda s: s.memory.trial.popitem(), "exactly one tier"),
         (lambda s: setattr(s.memory, "used", 3), "bytes in the books"),
         (lambda s: setattr(s.memory, "budget", 3), "more than the budget"),
         (lambda s: s.get(KEYS[0]).pins.add("ghost"), "other leases"),
         (lambda s: s.leases["a"].pins.add(KEYS[5]), "not here"),
-        (lambda s: s._children.clear(), "children"),
+        (lambda s: s.children.clear(), "children"),
         (lambda s: setattr(s.get(KEYS[1]), "owner", None), "no lease owns"),
         (lambda s: setattr(s.get(KEYS[0]), "readers", -1), "readers"),
     ],
@@ -312,6 +321,6 @@ def test_the_integrity_check_sees_damage(damage, says):
     store.leases.acquire("a", 1.0, 0.0)
     put(store, chunk(0))
     put(store, chunk(1, 0, tail=True), "a")
-    assert store.check_integrity() == []
+    assert problems(store) == []
     damage(store)
-    assert any(says in error for error in store.check_integrity())
+    assert any(says in error for error in problems(store))

@@ -1,12 +1,18 @@
 """Files that are whole or not there, whatever happened while they were written."""
 
+import numpy as np
 import pytest
 
 from kvmesh.errors import Unavailable
-from kvmesh_kvstore.chunks import Entry, Offer, Tier
+from kvmesh.kv.bitstream import encode, read_header
+from kvmesh_kvstore.chunks import Entry, Offer, Tier, Traits
 from kvmesh_kvstore.tiers import DiskTier
 
 KEY = bytes(range(32))
+BITS = encode(np.arange(16, dtype="<f4").reshape(1, 2, 2, 1, 4), "float32", 0)
+TRAITS = Traits.of(read_header(BITS), len(BITS))
+HEAD = TRAITS.layer_ends[-1] - TRAITS.raw_bytes
+OTHER = encode(np.ones((1, 2, 2, 1, 4), "<f4"), "float32", 0)
 
 
 @pytest.fixture
@@ -18,16 +24,16 @@ def disk(tmp_path):
 
 
 def entry(serial: int = 1, **changes) -> Entry:
-    return Entry(
-        Offer(**{"key": KEY, "fingerprint": "näme", "size": 5, "parent": b"p" * 32, **changes}), serial, Tier.DISK
-    )
+    fields = {"key": KEY, "fingerprint": "näme", "size": len(BITS), "parent": b"p" * 32, "tenant": b"t" * 16}
+    return Entry(Offer(**{**fields, **changes}), TRAITS, serial, Tier.DISK)
 
 
 def test_a_blob_comes_back_and_is_found_again(disk):
-    disk.write(entry(), b"12345")
-    disk.write(entry(2, parent=b"", key=b"k" * 32), b"54321")
-    assert disk.read(entry()) == b"12345"
+    disk.write(entry(), BITS)
+    disk.write(entry(2, parent=b"", key=b"k" * 32), OTHER)
+    assert disk.read(entry()) == BITS
     found = disk.scan()
+    assert {each.traits for each in found} == {TRAITS}
     assert {(each.offer, each.serial) for each in found} == {
         (entry().offer, 1),
         (entry(parent=b"", key=b"k" * 32).offer, 2),
@@ -36,11 +42,11 @@ def test_a_blob_comes_back_and_is_found_again(disk):
 
 
 def test_deleting_an_old_blob_leaves_the_new_one_of_its_key(disk):
-    disk.write(entry(1), b"old..")
-    disk.write(entry(2), b"new..")
+    disk.write(entry(1), BITS)
+    disk.write(entry(2), OTHER)
     disk.delete(entry(1))
     disk.delete(entry(1))
-    assert disk.read(entry(2)) == b"new.."
+    assert disk.read(entry(2)) == OTHER
     with pytest.raises(FileNotFoundError):
         disk.read(entry(1))
 
@@ -57,23 +63,23 @@ def test_deleting_an_old_blob_leaves_the_new_one_of_its_key(disk):
     ],
 )
 def test_a_scan_deletes_what_is_not_a_whole_blob(disk, tmp_path, harm):
-    disk.write(entry(), b"12345")
+    disk.write(entry(), BITS)
     harm(next(tmp_path.glob("??/*")))
     assert disk.scan() == []
     assert list(tmp_path.glob("??/*")) == []
 
 
 def test_any_flipped_byte_of_a_files_header_is_noticed(disk, tmp_path):
-    disk.write(entry(), b"12345")
+    disk.write(entry(), BITS)
     path = next(tmp_path.glob("??/*"))
     whole = path.read_bytes()
-    for i in range(len(whole) - 5):
+    for i in range(len(whole) - len(BITS) + HEAD):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
         assert disk.scan() == []
 
 
 def test_a_scan_drops_tails_and_leaves_strangers_alone(disk, tmp_path):
-    disk.write(entry(tail=True), b"12345")
+    disk.write(entry(tail=True), BITS)
     stranger = tmp_path / "ab" / "notes.txt"
     stranger.parent.mkdir()
     stranger.write_text("mine")
@@ -86,7 +92,7 @@ def test_a_write_that_fails_leaves_nothing(disk, tmp_path):
     (tmp_path / KEY.hex()[:2]).mkdir()
     (tmp_path / KEY.hex()[:2] / f"{KEY.hex()}.1").mkdir()
     with pytest.raises(OSError, match="directory"):
-        disk.write(entry(), b"12345")
+        disk.write(entry(), BITS)
     assert list(tmp_path.rglob("*.part")) == []
 
 
