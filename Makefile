@@ -37,7 +37,8 @@ lint: $(VENV)/.test ## Check style, types, import walls, protos and deploy files
 	$(BIN)/buf lint protos
 	$(BIN)/yamllint --strict .
 	$(BIN)/hadolint deploy/docker/Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml deploy/observability/compose.observability.yaml
+	$(BIN)/check-jsonschema --schemafile deploy/helm/kvmesh/values.schema.json deploy/helm/kvmesh/values.yaml
 
 format: $(VENV)/.test ## Bring the code into shape
 	$(BIN)/ruff check --fix .

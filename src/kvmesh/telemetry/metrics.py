@@ -86,11 +86,19 @@ class Metrics:
         self.chunk_queries = make.counter("chunk_queries", "Chunks asked of a store.")
         self.chunk_hits = make.counter("chunk_hits", "Chunks served by a store.")
         self.chunk_corruptions = make.counter("chunk_corruptions", "Chunks dropped because a check failed.")
+        self.kv_fetched_bytes = make.counter("kv_fetched_bytes", "Bytes of bitstreams fetched from stores.")
+        self.kv_published_bytes = make.counter("kv_published_bytes", "Bytes of bitstreams put into stores.")
+        self.kv_fetched_chunks = make.counter("kv_fetched_chunks", "Chunks fetched from stores, by quality.")
+        self.kv_missed_chunks = make.counter("kv_missed_chunks", "Chunks that could not be fetched or used.")
+        self.kv_recomputed_tokens = make.counter("kv_recomputed_tokens", "Tokens computed though their KV was stored.")
         self.num_requests_running = make.gauge("num_requests_running", "Requests in the running batch.")
         self.num_requests_waiting = make.gauge("num_requests_waiting", "Requests queued.")
         self.kv_cache_usage_perc = make.gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 is full.")
         self.num_leases = make.gauge("num_leases", "Leases held.")
         self.stored_bytes = make.gauge("stored_bytes", "Bytes of chunks held, by tier.")
+        self.power_watts = make.gauge("power_watts", "Power drawn, by the domain that was measured.")
+        self.power_level = make.gauge("power_level", "How far power capping has gone: 0 not at all, 4 brakes everyone.")
+        self.energy_joules = make.counter("energy_joules", "Energy drawn since the start, by domain.")
 
     def observe(self, statistics: WorkerStatistics) -> None:
         """Sets the gauges from a reading."""

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvmesh.planner import deployment_files
+from kvmesh.planner.world import Host
+from kvmesh.telemetry.metrics import Metrics
+
 ROOT = Path(__file__).parents[3]
 COMPOSE = ROOT / "deploy/compose/compose.yaml"
+OBSERVABILITY = ROOT / "deploy/observability/compose.observability.yaml"
+CHART = ROOT / "deploy/helm/kvmesh"
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 SCALED = ("prefill", "decode", "kvstore")
 
@@ -37,7 +43,49 @@ def test_dockerfile_lint():
 
 
 def test_compose_schema():
-    check("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    check("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, OBSERVABILITY)
+
+
+def test_a_planned_layer_fits_the_compose_schema(tmp_path):
+    document = {"placement": {"big": [0, 30], "old": [0, 30]}, "phase": {"big": "prefill", "old": "decode"}}
+    hosts = (Host("big", "A100x2", 80e9, 1e9, "A100-40G", 2), Host("old", "T4", 16e9, 1e9))
+    deployed = deployment_files.deployment(document, hosts, "smollm2-135m-instruct", 30)
+    paths = deployment_files.write(tmp_path, deployed)
+    check("check-jsonschema", "--builtin-schema", "vendor.compose-spec", paths[1])
+    check(
+        "check-jsonschema",
+        "--schemafile",
+        CHART / "values.schema.json",
+        "--default-filetype",
+        "yaml",
+        CHART / "values.yaml",
+    )
+
+
+def test_the_dashboard_asks_for_metrics_that_exist():
+    """Every instrument, under the name that Prometheus has for it."""
+    recorded = Names()
+    Metrics(recorded)
+    text = (ROOT / "deploy/observability/grafana/kvmesh.json").read_text()
+    asked = set(re.findall(r"kvmesh_(\w+?)(?:_bucket)?(?=[\[) {\"])", text))
+    assert asked
+    assert asked <= recorded.names
+
+
+class Names:
+    """Makes no instruments, and remembers what they are called."""
+
+    def __init__(self):
+        self.names = set()
+
+    def counter(self, name, description):
+        self.names.add(f"{name}_total")
+
+    def gauge(self, name, description):
+        self.names.add(name)
+
+    def histogram(self, name, description, buckets):
+        self.names.add(name)
 
 
 def test_yaml_style():

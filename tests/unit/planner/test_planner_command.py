@@ -35,6 +35,7 @@ def test_json_is_what_the_plan_says(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert list(document) == [
         "algorithm", "flow_tokens_per_s", "bound_tokens_per_s", "seconds", "placement", "phase", "links",
+        "gap", "groups", "routes", "expected", "inputs",
     ]  # fmt: skip
     assert document["algorithm"] == "helix"
     assert document["flow_tokens_per_s"] == pytest.approx(2045.64, abs=0.01)
@@ -72,8 +73,10 @@ def test_an_idle_host_is_drawn_as_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--algorithm", "magic"], "no algorithm 'magic': there are helix, helix-milp, swarm, petals, separate"),
-        (["--objective", "goodput"], "no objective 'goodput': there is flow"),
+        (["--algorithm", "magic"], "no algorithm 'magic': there are helix, helix-milp, swarm, petals, separate,"),
+        (["--objective", "speed"], "no objective 'speed': there are flow, goodput, cost, energy"),
+        (["--objective", "goodput"], "helix knows no objective but flow; for goodput take --algorithm kvmesh"),
+        (["--algorithm", "kvmesh"], "the objective goodput needs --slo-ttft and --slo-tpot, or a workload file with"),
         (["--workload", "nonsense"], "no workload 'nonsense': known are azure-conv, azure-code"),
         (["--plot", "flow.gif"], "cannot draw flow.gif: the name must end in .png, .svg, .pdf"),
         (["--algorithm", "separate"], "separate: no machine type can hold all 80 layers alone (L4 56, T4 48, A100 48)"),
