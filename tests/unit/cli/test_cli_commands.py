@@ -71,7 +71,7 @@ def test_help_of_every_command(command, capsys):
             1,
             "top_k cannot be -3",
         ),
-        (["up", "--decode", "0"], 2, "--decode"),
+        (["up", "--decode", "0"], 1, "--decode"),
         (["up", "--memory", "12 parsecs"], 1, "'12 parsecs' is not a size"),
         (["up", "--model", "no-such-model"], 1, "no-such-model"),
         (["run", "hi", "--model", "no-such-model"], 1, "no-such-model"),
