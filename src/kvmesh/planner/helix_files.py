@@ -82,6 +82,18 @@ def read_placement(path: Path) -> dict[int, Span]:
     return placement
 
 
+def read_flow(path: Path) -> dict[Edge, float]:
+    """The links a published placement was simulated on, and the maximum flow over them, tokens/s by (tail, head)."""
+    parser, faults = _parse(path), _Faults()
+    keys = parser.options("Flow") if parser.has_section("Flow") else []
+    flow = {
+        (_ENDS.get(tail) or int(tail), _ENDS.get(head) or int(head)): faults.number(parser, "Flow", f"{tail}-{head}")
+        for tail, head in (key.split("-") for key in keys)
+    }
+    faults.check(path)
+    return flow
+
+
 def _spans(parser: ConfigParser, offset: int, faults: _Faults) -> Iterator[tuple[int, Span]]:
     for key, text in parser["Solution"].items() if "Solution" in parser else ():
         node, layers = _NAMED_NODE.fullmatch(key), [int(number) for number in re.findall(r"\d+", text)]

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from kvmesh.planner.world import Workload
+
+if TYPE_CHECKING:
+    # It builds on this module.
+    from kvmesh.planner.latency.api import Latency
 
 KV_USE = 0.3
 """Share of the KV room that running requests fill on average (Helix's KV_CACHE_HWM)."""
@@ -25,7 +30,8 @@ Points = Sequence[tuple[float, float]]
 @dataclass(frozen=True, slots=True)
 class MachineProfile:
     """One machine type: `prompt_ms` maps tokens, `decode_ms` requests in a batch to ms for one layer; `kv_entries[k-1]`
-    is the KV room (positions x layers) beside k layers; `initial_speed` is where the fixed point starts (layers/s)."""
+    is the KV room (positions x layers) beside k layers; `initial_speed` is where the fixed point starts (layers/s). A
+    batch takes `prompt_batch` prompts and, beside k layers, `decode_batch[k-1]` decodes at most."""
 
     typical_layers: int
     packed_layers: int
@@ -33,11 +39,14 @@ class MachineProfile:
     kv_entries: tuple[int, ...]
     prompt_ms: tuple[tuple[float, float], ...]
     decode_ms: tuple[tuple[float, float], ...]
+    prompt_batch: int = 1
+    decode_batch: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
-    """A model and the machines it was profiled on."""
+    """A model and the machines it was profiled on: tables of one layer, or fits of the whole model. `kv_bytes` are of
+    one token in one layer; its weights take at most `weights_share` of a host's memory."""
 
     name: str
     layers: int
@@ -45,6 +54,9 @@ class ModelProfile:
     token_bytes: float
     activation_bytes: float
     machines: Mapping[str, MachineProfile]
+    kv_bytes: float = 0.0
+    weights_share: float = 0.5
+    fits: Mapping[str, Latency] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
