@@ -33,7 +33,7 @@ class Line:
 
 
 class ThrottledStore(kvstore_pb2_grpc.ChunkSourceServiceServicer, kvstore_pb2_grpc.KvStoreServiceServicer):
-    """`chunks`: bitstreams by key. `stalled`: keys whose data never come. `asked`: (key, layers) as they were asked for."""
+    """`chunks`: bitstreams by key. `stalled`: keys whose data never come. `asked`: (key, layers) of each request."""
 
     def __init__(self, chunks: dict[bytes, bytes], line: Line) -> None:
         self.chunks = chunks

@@ -166,7 +166,7 @@ class Dispatch:
                         yield delta
         finally:
             self._release_leases()
-            self._routing.served()
+            self._routing.ended()
 
     async def _prefill(self, assignment: Assignment) -> AsyncGenerator[Delta]:
         """One attempt; without a first token it may be made again elsewhere, with another lease."""

@@ -19,7 +19,18 @@ from kvmesh.errors import (
     Unavailable,
 )
 from kvmesh.scheduling.load import Assignment
-from kvmesh.scheduling.policy import Decoded, Identity, Policy, Prefilled, Prompt, Served, Slo, Transferred, identity
+from kvmesh.scheduling.policy import (
+    Decoded,
+    Ended,
+    Identity,
+    Policy,
+    Prefilled,
+    Prompt,
+    Served,
+    Slo,
+    Transferred,
+    identity,
+)
 from kvmesh.scheduling.prefix_index import prefix_hashes
 from kvmesh.types import WorkerInfo
 from kvmesh_router.generation import Generation
@@ -144,12 +155,13 @@ class Routing:
             self._policy.observe(observation)
         assignment.finish(time.monotonic(), measured.rate())
 
-    def served(self) -> None:
-        """The request is over; of one without a token there is nothing to say."""
+    def ended(self) -> None:
+        """The request is over, however it ended."""
         generation = self._generation
         if generation.started:
             ttft, tpot = generation.timings.first_token_seconds, generation.seconds_per_token
             self._policy.observe(Served(self._prompt, self._prefill, self._decode, ttft, tpot, generation.tokens))
+        self._policy.observe(Ended(self._prompt))
 
 
 class Measured:

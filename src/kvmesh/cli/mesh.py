@@ -92,7 +92,7 @@ def up(
     from kvmesh.cli.launch import Launcher
 
     settings = memory_settings(memory, store_memory, store_disk) | engine_settings(precision, threads)
-    settings |= streaming_settings(codec, quality, ttft_slo) | policy_settings(policy, plan)
+    settings |= streaming_settings(codec, quality, ttft_slo) | policy_settings(policy, plan, mixed)
     settings |= {"KVMESH_REPLICAS": str(replicas)} if replicas else {}
     settings |= {"KVMESH_DISK_PATH": str(StateFile(name).chunks)} if store_disk else {}
     prefix = f"{socket.gethostname()}-{name}-" if redis else ""

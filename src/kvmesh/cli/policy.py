@@ -17,8 +17,8 @@ PlanOption = Annotated[
 ]
 
 
-def policy_settings(policy: str | None, plan: Path | None) -> dict[str, str]:
-    """Who serves what, as settings of the router.
+def policy_settings(policy: str | None, plan: Path | None, mixed: int = 0) -> dict[str, str]:
+    """Who serves what, as settings of the router; workers that can do both are best used by the hybrid policy.
 
     Raises:
         InvalidArgument: there is no policy of that name, or no plan there.
@@ -31,7 +31,7 @@ def policy_settings(policy: str | None, plan: Path | None) -> dict[str, str]:
         parse(_text(plan), f"the plan {plan}")
         settings |= {"KVMESH_PLAN": str(plan.resolve())}
         settings.setdefault("KVMESH_POLICY", "plan")
-    return settings
+    return {"KVMESH_POLICY": "hybrid"} | settings if mixed else settings
 
 
 def _text(path: Path) -> str:

@@ -29,9 +29,10 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """No room; `retry_after` in seconds is an estimate from the throughput seen."""
+    """No room; `retry_after` in seconds is an estimate, `why` one clause, or empty."""
 
     retry_after: float
+    why: str = ""
 
 
 Decision = Admitted | Queued | Refused
@@ -43,6 +44,8 @@ class Admission:
 
     max_running: int
     max_queued: int
+    _limit: int | None = None
+    _low_limit: int | None = None
     _running: set[Hashable] = field(default_factory=set)
     _queue: OrderedDict[Hashable, float] = field(default_factory=OrderedDict)
     _interval: float | None = None
@@ -56,10 +59,23 @@ class Admission:
     def waiting(self) -> int:
         return len(self._queue)
 
-    def submit(self, key: Hashable, now: float, deadline: float) -> Decision:
+    @property
+    def limit(self) -> int:
+        """How many may run now."""
+        return self.max_running if self._limit is None else min(self._limit, self.max_running)
+
+    def narrow(self, limit: int | None, low_limit: int | None, now: float) -> list[Hashable]:
+        """From now on no more than `limit` may run, and no low-priority request may start beside `low_limit` others;
+        what runs goes on. None: as many as ever. Returns those that may start now."""
+        self._limit, self._low_limit = limit, low_limit
+        return self._promote(now)
+
+    def submit(self, key: Hashable, now: float, deadline: float, low_priority: bool = False) -> Decision:
         """Decides about a new request; `key` must not be known yet."""
         assert key not in self._running | self._queue.keys(), f"{key!r} is known already"
-        if len(self._running) < self.max_running and not self._queue:
+        if low_priority and self._low_limit is not None and len(self._running) >= self._low_limit:
+            return Refused(self._retry_after(), "requests of low priority wait until there is power again")
+        if len(self._running) < self.limit and not self._queue:
             self._running.add(key)
             return Admitted()
         if len(self._queue) >= self.max_queued or now + self._expected_wait(len(self._queue)) >= deadline:
@@ -77,7 +93,7 @@ class Admission:
 
     def _promote(self, now: float) -> list[Hashable]:
         promoted: list[Hashable] = []
-        while self._queue and len(self._running) < self.max_running:
+        while self._queue and len(self._running) < self.limit:
             key, deadline = self._queue.popitem(last=False)
             if deadline > now:
                 self._running.add(key)
@@ -86,7 +102,7 @@ class Admission:
 
     def _observe_completion(self, now: float) -> None:
         """Only between completions under full load: idle time says nothing about throughput."""
-        if len(self._running) < self.max_running:
+        if len(self._running) < self.limit:
             self._last_completion = None
             return
         if self._last_completion is not None:
@@ -108,6 +124,6 @@ class Admission:
             problems.append(f"{len(self._running)} requests run, {self.max_running} may")
         if len(self._queue) > self.max_queued:
             problems.append(f"{len(self._queue)} requests wait, {self.max_queued} may")
-        if self._queue and len(self._running) < self.max_running:
+        if self._queue and len(self._running) < self.limit:
             problems.append(f"{len(self._queue)} requests wait although {len(self._running)} run")
         return problems + [f"{key!r} both runs and waits" for key in self._running & self._queue.keys()]

@@ -30,9 +30,10 @@ class _Prefixes:
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """Per worker, an LRU set of at most `capacity` block hashes."""
+    """Per worker, an LRU set of at most `capacity` block hashes, each of `block_tokens` tokens."""
 
     capacity: int = 65_536
+    block_tokens: int = BLOCK_TOKENS
     _workers: dict[str, _Prefixes] = field(default_factory=dict)
 
     def match(self, worker_id: str, epoch: int, hashes: Sequence[int]) -> int:

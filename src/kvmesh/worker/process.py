@@ -8,10 +8,12 @@ What the process serves is given by the service. Reads no environment and handle
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from kvmesh.engine.api import Engine
 from kvmesh.errors import KvmeshError
@@ -25,7 +27,9 @@ from kvmesh.worker.config import WorkerConfig
 from kvmesh.worker.job import Model
 from kvmesh.worker.meter import Meter
 from kvmesh.worker.model import load_model
+from kvmesh.worker.power import PowerWatch
 from kvmesh.worker.thread import EngineThread
+from kvmesh.worker.traffic import Traffic
 from kvmesh.worker.worker import Worker
 
 WATCH_SECONDS = 1.0
@@ -72,21 +76,30 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def worker_process(
-    config: WorkerConfig, role: Role, compose: Callable[[Worker], Service]
+    config: WorkerConfig, role: Role, *compose: Callable[[Worker], Service]
 ) -> AsyncIterator[WorkerProcess]:
     """A running worker, registered as `role`, that serves what `compose` makes of its parts; stops at once on exit.
 
     Raises:
         KvmeshError: the model cannot be had, or the port cannot be bound.
     """
+    power = await PowerWatch.open(config)
     model, engine = await _load(config)
     async with AsyncExitStack() as stack:
         ground = await stack.enter_async_context(base(config, role, _description(model)))
-        pool = stack.enter_context(ThreadPoolExecutor(config.threads, "codec"))
+        cores = _cores()
+        pool = stack.enter_context(ThreadPoolExecutor(cores, "codec"))
+        traffic = Traffic(lambda: ground.info.address, cores, config.quality)
+        if model.speed:
+            traffic.expect(model.speed)
         thread = await stack.enter_async_context(EngineThread(engine))
-        worker = Worker.build(model, thread, StoreClient(ground.channels), pool, lambda: _peers(ground.registry))
+        store = StoreClient(ground.channels)
+        sampling = asyncio.create_task(power.run())
+        stack.callback(sampling.cancel)
+        peers = partial(_peers, ground.registry)
+        worker = Worker.build(model, thread, store, pool, peers, traffic, power)
         stack.push_async_callback(worker.leases.close)
-        server = await stack.enter_async_context(ground.serving([compose(worker)], worker.statistics))
+        server = await stack.enter_async_context(ground.serving([one(worker) for one in compose], worker.statistics))
         registration = await stack.enter_async_context(AsyncExitStack())
         await registration.enter_async_context(ground.registered())
         process = WorkerProcess(ground.info, worker, server, registration)
@@ -108,6 +121,11 @@ async def _load(config: WorkerConfig) -> tuple[Model, Engine]:
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return await asyncio.wrap_future(result)
+
+
+def _cores() -> int:
+    """That this process may use: what encodes and decodes takes those that are idle."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _description(model: Model) -> WorkerInfo:

@@ -1,0 +1,65 @@
+"""How fast a source's link is, from the transfers that several requests make over it at once.
+
+Each transfer is charged the time that it had the link for itself: while n share it, a second counts 1/n for each. The
+sum over the transfers is exactly the time that the link was busy, in whatever order the bytes came; so bytes over
+charged time is the link's throughput, neither one transfer's share of it nor too much. A harmonic mean: a link that
+slows down is noticed with the first chunk. Pure: told the time, and knows no bytes but their number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECAY = 0.5
+"""What earlier transfers weigh after one more."""
+SMALLEST = 1024
+"""Bytes below which a transfer measures the way there and back, and not the link."""
+
+
+@dataclass(slots=True)
+class Link:
+    """Of one source. Every `begin` needs its `end`. Times: seconds of one monotonic clock."""
+
+    requests: int = 0
+    """How many are streaming over it now: each may expect its share."""
+    latency: float = 0.0
+    """Of a call that carries nothing, in seconds; the least seen lately."""
+    _active: int = 0
+    _clock: float = 0.0
+    _read_at: float = 0.0
+    _bytes: float = 0.0
+    _busy: float = 0.0
+
+    @property
+    def throughput(self) -> float | None:
+        """Bytes per second of the whole link; None until measured."""
+        return self._bytes / self._busy if self._bytes and self._busy else None
+
+    @property
+    def share(self) -> float | None:
+        """Bytes per second that one of its requests may expect."""
+        return None if self.throughput is None else self.throughput / max(1, self.requests)
+
+    def begin(self, now: float) -> float:
+        """A transfer begins; what is returned belongs to its `end`."""
+        self._advance(now)
+        self._active += 1
+        return self._clock
+
+    def end(self, begun: float, size: int | None, now: float) -> None:
+        """It brought `size` bytes; 0 if it stalled, which counts against the link; None if it was cut short."""
+        self._advance(now)
+        self._active -= 1
+        charged = self._clock - begun
+        if charged > 0 and size is not None and (not size or size >= SMALLEST):
+            self._bytes = DECAY * self._bytes + size
+            self._busy = DECAY * self._busy + charged
+
+    def answered(self, seconds: float) -> None:
+        """A call that carried nothing took so long."""
+        self.latency = min(seconds, 2 * self.latency) if self.latency else seconds
+
+    def _advance(self, now: float) -> None:
+        if self._active:
+            self._clock += (now - self._read_at) / self._active
+        self._read_at = now
