@@ -26,7 +26,7 @@ from kvmesh.planner.task import Task
 from kvmesh.planner.world import Group, Phase, Plan, Route, Shard, Slo
 from tests.unit.planner.tasks import LAYERS, best_by_force, small_tasks, task
 
-SECONDS = 30.0
+SECONDS = 20.0
 P, D, M = Phase.PREFILL, Phase.DECODE, Phase.MIXED
 
 
@@ -50,7 +50,7 @@ def test_every_algorithm_gives_a_plan_that_stands(name: str) -> None:
     assert sum(route.share for route in plan.routes) == pytest.approx(1)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(small_tasks())
 def test_searches_come_near_the_best_partition(wanted: Task) -> None:
     best = best_by_force(wanted)
