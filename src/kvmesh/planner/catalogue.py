@@ -5,12 +5,11 @@ A cluster or workload may also be a file. Everything read here is validated; not
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import Field, RootModel, field_validator
@@ -18,17 +17,21 @@ from pydantic import Field, RootModel, field_validator
 from kvmesh.errors import InvalidArgument, NotFound
 from kvmesh.planner import helix_files
 from kvmesh.planner.cluster_file import Accelerator, Name, Positive, Section, read_cluster, validated
+from kvmesh.planner.latency.distserve import DistServeLatency
 from kvmesh.planner.profiles import MachineProfile, ModelProfile
+from kvmesh.planner.workload_file import read_lengths, read_lengths_as_workload, read_workload
 from kvmesh.planner.world import Cluster, Workload
 
 DATA = Path(__file__).parent / "data"
 HELIX = DATA / "helix"
-WORKLOADS = (
+AZURE = DATA / "azure"
+WORKLOADS = {
     # Helix rounds the means of the conversation trace (763 and 232) so; its published tables depend on it.
-    Workload("azure-conv", 750, 240),
-    Workload("azure-code", 1379, 28),
-)
+    "azure-conv": (750, 240, AZURE / "conv_lengths.csv"),
+    "azure-code": (1379, 28, AZURE / "code_lengths.csv"),
+}
 
+Line = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 Pairs = Annotated[list[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]], Field(min_length=2)]
 
 
@@ -39,6 +42,8 @@ class MachineSection(Section):
     kv_entries: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     prompt_ms: Pairs
     decode_ms: Pairs
+    prompt_batch: Annotated[int, Field(ge=1)] = 1
+    decode_batch: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     @field_validator("prompt_ms", "decode_ms")
     @classmethod
@@ -55,20 +60,43 @@ class MachineSection(Section):
             tuple(self.kv_entries),
             tuple(self.prompt_ms),
             tuple(self.decode_ms),
+            self.prompt_batch,
+            tuple(self.decode_batch),
         )
 
 
+class FitSection(Section):
+    """DistServe's lines in ms: constant, and factors of (tokens, squared lengths) or (context, batch)."""
+
+    prompt_ms: Line
+    small_ms: Line
+    large_ms: Line
+    large_batch: Annotated[int, Field(ge=1)]
+
+    def latency(self) -> DistServeLatency:
+        prompt, small, large = (
+            (a / 1e3, b / 1e3, c / 1e3) for a, b, c in (self.prompt_ms, self.small_ms, self.large_ms)
+        )
+        return DistServeLatency(prompt, small, large, self.large_batch)
+
+
 class ModelSection(Section):
+    """`machines` are profiled by the layer, `fits` as a whole; what is in neither is estimated from its datasheet."""
+
     name: Name
     layers: Annotated[int, Field(ge=1)]
     bytes_per_layer: Positive
     token_bytes: Positive
     activation_bytes: Positive
-    machines: Annotated[dict[str, MachineSection], Field(min_length=1)]
+    kv_bytes: Positive
+    weights_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    machines: Mapping[str, MachineSection] = Field(default_factory=dict)
+    fits: Mapping[str, FitSection] = Field(default_factory=dict)
 
     def profile(self) -> ModelProfile:
-        fields = {key: getattr(self, key) for key in type(self).model_fields if key != "machines"}
-        return ModelProfile(**fields, machines={name: machine.profile() for name, machine in self.machines.items()})
+        fields = {key: getattr(self, key) for key in type(self).model_fields if key not in ("machines", "fits")}
+        machines = {name: machine.profile() for name, machine in self.machines.items()}
+        return ModelProfile(**fields, machines=machines, fits={name: fit.latency() for name, fit in self.fits.items()})
 
 
 def accelerators() -> Mapping[str, Accelerator]:
@@ -94,29 +122,34 @@ def cluster(name: str) -> Cluster:
     """A cluster by its name in the catalogue, a YAML file, or a cluster file of Helix (.ini)."""
     path = _find(name, cluster_names(), "cluster", ".ini", ".yaml", ".yml")
     if path.suffix == ".ini":
-        return helix_files.read_cluster(path, HELIX / "machine_profiles.ini")
+        return _equipped(helix_files.read_cluster(path, HELIX / "machine_profiles.ini"))
     return read_cluster(path, accelerators())
 
 
+def _equipped(cluster: Cluster) -> Cluster:
+    """Helix names machines (T4x2); here each host gets the accelerators of that name, and their watts."""
+    known = {entry.profile: (name, entry) for name, entry in accelerators().items()}
+    hosts = []
+    for host in cluster.hosts:
+        profile, _, count = host.machine.partition("x")
+        name, entry = known[profile]
+        number = int(count or 1)
+        watts, idle = number * entry.watts, number * entry.resting_watts
+        hosts.append(replace(host, accelerator=name, accelerators=number, watts=watts, idle_watts=idle))
+    return replace(cluster, hosts=tuple(hosts))
+
+
 def workload(name: str) -> Workload:
-    """A workload by its name, or a CSV file of requests: input_tokens,output_tokens."""
-    known = {entry.name: entry for entry in WORKLOADS}
-    return known[name] if name in known else _read_workload(_find(name, {}, "workload", ".csv", known=list(known)))
-
-
-def _read_workload(path: Path) -> Workload:
-    try:
-        rows = [(float(r["input_tokens"]), float(r["output_tokens"])) for r in csv.DictReader(path.open())]
-        inputs, outputs = (fmean(column) for column in zip(*rows, strict=True))
-    except (KeyError, TypeError, ValueError):
-        raise InvalidArgument(f"{path} is not a CSV file with numbers under input_tokens,output_tokens") from None
-    if min(inputs, outputs) <= 0:
-        raise InvalidArgument(f"{path} has a mean of {inputs:g} input and {outputs:g} output tokens; both must be > 0")
-    return Workload(path.stem, inputs, outputs)
+    """A workload by its name, a CSV file of requests (input_tokens,output_tokens), or YAML with rate and SLOs."""
+    if name in WORKLOADS:
+        inputs, outputs, lengths = WORKLOADS[name]
+        return Workload(name, inputs, outputs, read_lengths(lengths))
+    path = _find(name, {}, "workload", ".csv", ".yaml", ".yml", known=list(WORKLOADS))
+    return read_lengths_as_workload(path) if path.suffix == ".csv" else read_workload(path)
 
 
 def model_names() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(HELIX.glob("*.json"))}
+    return {path.stem: path for folder in (HELIX, DATA / "distserve") for path in sorted(folder.glob("*.json"))}
 
 
 def cluster_names() -> dict[str, Path]:

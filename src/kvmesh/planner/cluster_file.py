@@ -16,6 +16,9 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.planner.world import SINK, SOURCE, Cluster, Edge, Host, Link
 
 GIGA, MILLI = 1e9, 1e-3
+IDLE_SHARE = 0.155
+"""Of the full watts, drawn by an accelerator that holds a model and is idle: 62 of 400 W on an A100, as users report;
+for the others an assumption."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,18 +30,27 @@ class Section(BaseModel):
 
 
 class Accelerator(Section):
-    """An entry of the catalogue. `profile` is its name in model profiles; TFLOPS are dense FP16 on tensor cores."""
+    """An entry of the catalogue. `profile` is its name in model profiles; TFLOPS are dense, FP16 or BF16 on tensor
+    cores with FP32 sums; `peer` is one way to its neighbour in the host (NVLink where there is, else PCIe); idle watts
+    are no datasheet's figure, so they are stated only where somebody measured them."""
 
     profile: str
     memory_gigabytes: Positive
     memory_gigabytes_per_s: Positive
     fp16_teraflops: Positive
+    peer_gigabytes_per_s: Positive
     watts: Positive
+    idle_watts: Positive | None = None
     source: str
+
+    @property
+    def resting_watts(self) -> float:
+        return self.idle_watts or IDLE_SHARE * self.watts
 
 
 class HostSection(Section):
-    """`replicas` equal hosts, named NAME-0, NAME-1, ... when there is more than one."""
+    """`replicas` equal hosts, named NAME-0, NAME-1, ... when there is more than one. The price is of one host; `watts`
+    and `idle_watts` of one host replace those of its accelerators."""
 
     name: Name
     accelerator: str
@@ -46,6 +58,9 @@ class HostSection(Section):
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     region: Name = "default"
     nic_gigabytes_per_s: Positive = 10.0
+    dollars_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    watts: Positive | None = None
+    idle_watts: Positive | None = None
 
     def names(self) -> list[str]:
         return [self.name] if self.replicas == 1 else [f"{self.name}-{i}" for i in range(self.replicas)]
@@ -82,7 +97,7 @@ class ClusterSection(Section):
 
 def read_cluster(path: Path, accelerators: Mapping[str, Accelerator]) -> Cluster:
     """Raises InvalidArgument with every fault, each by field and host."""
-    section = validated(ClusterSection, _load(path), str(path))
+    section = validated(ClusterSection, load_yaml(path), str(path))
     faults = list(_faults(section, accelerators))
     if faults:
         raise InvalidArgument(f"{path}: " + "; ".join(f"{name} {text}" for name, text in faults), faults)
@@ -95,8 +110,18 @@ def _hosts(section: HostSection, accelerator: Accelerator) -> Iterator[Host]:
     count = section.accelerators
     machine = accelerator.profile if count == 1 else f"{accelerator.profile}x{count}"
     for name in section.names():
-        memory = count * accelerator.memory_gigabytes * GIGA
-        yield Host(name, machine, memory, section.nic_gigabytes_per_s * GIGA)
+        yield Host(
+            name=name,
+            machine=machine,
+            memory_bytes=count * accelerator.memory_gigabytes * GIGA,
+            nic_bytes_per_s=section.nic_gigabytes_per_s * GIGA,
+            accelerator=section.accelerator,
+            accelerators=count,
+            region=section.region,
+            dollars_per_hour=section.dollars_per_hour,
+            watts=section.watts or count * accelerator.watts,
+            idle_watts=section.idle_watts or count * accelerator.resting_watts,
+        )
 
 
 def _faults(section: ClusterSection, accelerators: Mapping[str, Accelerator]) -> Iterator[tuple[str, str]]:
@@ -106,6 +131,8 @@ def _faults(section: ClusterSection, accelerators: Mapping[str, Accelerator]) ->
     for host in section.hosts:
         if host.accelerator not in accelerators:
             yield f"host {host.name}", f"has accelerator {host.accelerator!r}; known: {', '.join(accelerators)}"
+        if host.watts and host.idle_watts and host.idle_watts > host.watts:
+            yield f"host {host.name}", f"draws {host.idle_watts:g} W idle and {host.watts:g} W at full load"
     regions = {host.region for host in section.hosts}
     if section.coordinator_region not in regions:
         yield "coordinator_region", f"{section.coordinator_region!r} has no host; regions: {', '.join(sorted(regions))}"
@@ -135,7 +162,7 @@ def _between(links: LinksSection, a: tuple[str, str], b: tuple[str, str]) -> Lin
     return default.link() if default else None
 
 
-def _load(path: Path) -> Any:
+def load_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

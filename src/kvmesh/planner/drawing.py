@@ -1,4 +1,7 @@
-"""Draws a plan: hosts as bars over their layers, coloured by machine type, joined by lines as wide as their flow."""
+"""Draws a plan: hosts as bars over their layers, coloured by machine type, joined by lines as wide as their flow.
+
+KV that goes from one phase to the next is a dashed line.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kvmesh.errors import InvalidArgument
-from kvmesh.planner.report import Row, rows
+from kvmesh.planner.report import Row, phases, rows
 from kvmesh.planner.world import Plan, Problem
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -35,7 +38,8 @@ def draw(problem: Problem, plan: Plan, path: Path, title: str) -> None:
         _bar(axes, height, row, colours[row.machine])
     _lines(axes, problem, plan, {row.host: height for height, row in enumerate(bars)})
     axes.set(title=title, xlabel="layer", xlim=(0, problem.layers), ylim=(len(bars) - 0.4, -0.6))
-    axes.set_yticks(range(len(bars)), [f"{row.host} ({row.machine})" for row in bars], fontsize=7)
+    labels = [f"{row.host} ({row.machine})" + (f", {row.phase}" if plan.groups else "") for row in bars]
+    axes.set_yticks(range(len(bars)), labels, fontsize=7)
     axes.legend(handles=[Patch(color=colours[m], label=m) for m in machines], loc="upper right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -49,8 +53,11 @@ def _bar(axes: Axes, height: int, row: Row, colour: str) -> None:
 
 
 def _lines(axes: Axes, problem: Problem, plan: Plan, heights: dict[str, int]) -> None:
+    parts = phases(plan)
     for (tail, head), flow in plan.flow.edges.items():
         if tail >= 0 and head >= 0:
             ends = plan.placement[tail][1], plan.placement[head][0]
             ys = heights[problem.hosts[tail]], heights[problem.hosts[head]]
-            axes.plot(ends, ys, color="black", alpha=0.4, linewidth=0.3 + WIDEST * flow / plan.flow.value)
+            style = "solid" if parts[tail] == parts[head] else "dashed"
+            width = 0.3 + WIDEST * flow / plan.flow.value
+            axes.plot(ends, ys, color="black", alpha=0.4, linewidth=width, linestyle=style)

@@ -80,7 +80,7 @@ def _unconnected(cluster: Cluster) -> Iterator[tuple[str, str]]:
 
 def _split(cluster: Cluster, model: ModelProfile, room: list[int]) -> Iterator[tuple[str, str]]:
     """The model must fit on hosts that are linked to each other."""
-    parts = _islands(cluster)
+    parts = islands(cluster)
     largest = max(parts, key=lambda part: sum(room[host] for host in part))
     if sum(room[host] for host in largest) < model.layers:
         outside = next(part for part in parts if part is not largest)
@@ -92,7 +92,7 @@ def _split(cluster: Cluster, model: ModelProfile, room: list[int]) -> Iterator[t
         )
 
 
-def _islands(cluster: Cluster) -> list[set[int]]:
+def islands(cluster: Cluster) -> list[set[int]]:
     """Hosts linked to each other, directly or over other hosts."""
     parts: list[set[int]] = []
     for host in range(len(cluster.hosts)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 SOURCE, SINK = -1, -2
 
@@ -16,14 +17,39 @@ Span = tuple[int, int]
 """[first layer, end layer), as a host holds them."""
 
 
+class Phase(StrEnum):
+    """What a group of hosts computes: prompts, tokens one by one, or both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not Phase.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Phase.PREFILL
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One machine. `machine` is the key of its profile (T4x2: two T4 in tensor parallel)."""
+    """One machine. `machine` is the key of its profile with all accelerators in tensor parallel (T4x2: two T4).
+
+    `accelerator` is one of them in the catalogue; memory, price and watts (full load and idle) are of the whole host.
+    """
 
     name: str
     machine: str
     memory_bytes: float
     nic_bytes_per_s: float
+    accelerator: str = ""
+    accelerators: int = 1
+    region: str = "default"
+    dollars_per_hour: float = 0.0
+    watts: float = 0.0
+    idle_watts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +73,36 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """Seconds to the first token, and between tokens, which a share of the requests must meet together."""
+
+    ttft: float
+    tpot: float
+    attainment: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
-    """Mean request, in tokens."""
+    """Mean request, in tokens; a sample of requests as (input, output); and how many arrive a second, if known."""
 
     name: str
     input_tokens: float
     output_tokens: float
+    lengths: tuple[tuple[int, int], ...] = ()
+    rate: float | None = None
+    slo: Slo | None = None
+
+    @property
+    def tokens(self) -> float:
+        return self.input_tokens + self.output_tokens
+
+    def sample(self) -> tuple[tuple[int, int], ...]:
+        """Without a sample, every request is the mean one."""
+        return self.lengths or ((round(self.input_tokens), max(1, round(self.output_tokens))),)
 
     @property
     def decode_share(self) -> float:
-        return self.output_tokens / (self.input_tokens + self.output_tokens)
+        return self.output_tokens / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +132,79 @@ class Flow:
         return sum(flow for (_, head), flow in self.edges.items() if head == host)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Some accelerators of one host, in tensor parallel, with the layers they hold. Numbered within the host."""
+
+    host: int
+    accelerators: tuple[int, ...]
+    span: Span
+
+    @property
+    def layers(self) -> int:
+        return self.span[1] - self.span[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Shards that hold the whole model together and compute one phase. Shards of equal span share the work."""
+
+    phase: Phase
+    shards: tuple[Shard, ...]
+
+    @property
+    def stages(self) -> dict[Span, list[Shard]]:
+        """In order of layers."""
+        spans: dict[Span, list[Shard]] = {}
+        for shard in sorted(self.shards, key=lambda shard: (shard.span, shard)):
+            spans.setdefault(shard.span, []).append(shard)
+        return spans
+
+    @property
+    def tensor(self) -> int:
+        """The widest tensor parallelism."""
+        return max(len(shard.accelerators) for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Requests whose prompt group `prefill` computes and whose tokens group `decode` does (the same one if mixed).
+
+    `share` is of all requests, `attainment` the probability that such a request meets its SLO.
+    """
+
+    prefill: int
+    decode: int
+    share: float
+    attainment: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a plan should give: requests/s that meet the SLO, means in seconds, and what it costs at that rate."""
+
+    goodput: float
+    ttft: float
+    tpot: float
+    dollars_per_hour: float
+    joules_per_token: float
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An algorithm's answer. `bound` is proven: no placement of the same problem flows more."""
+    """An algorithm's answer. `bound` is proven: no placement of the same problem flows more.
+
+    Nodes of `placement` and `flow` are the hosts of the problem or, where groups share hosts, their shards in order.
+    """
 
     algorithm: str
     placement: Mapping[int, Span]
     flow: Flow
     bound: float
     seconds: float
+    groups: tuple[Group, ...] = ()
+    routes: tuple[Route, ...] = ()
+    expected: Expected | None = None
 
     @property
     def gap(self) -> float:

@@ -1,0 +1,11 @@
+"""Groups of accelerators that hold the model and compute a phase: how fast they are, and how requests flow among them.
+
+timing      seconds and rates of one group, from the latencies of its shards
+waiting     the share of requests that meet an SLO at a rate, from queueing formulas
+routing     which group prefills and which decodes a request: a transportation program
+deduction   the best tensor and pipeline parallelism for a set of accelerators
+neighbours  moves from one partition into groups to the next: flip, split, merge, move
+search      tabu search over partitions
+judge       the independent check of a plan
+outcome     a partition turned into a plan
+"""
