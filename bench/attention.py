@@ -25,8 +25,8 @@ from rich.table import Table
 
 from kvmesh import hub
 from kvmesh.engine.api import KvArray, KvLayout
-from kvmesh.engine.attention.choice import BackEnd, checked_kernel, native_back_end, torch_back_end
-from kvmesh.engine.attention.interface import Attention, Segment
+from kvmesh.engine.attention.choice import checked_kernel, native_back_end, torch_back_end
+from kvmesh.engine.attention.interface import Attention, BackEnd, Segment
 from kvmesh.engine.attention.pool import KvPool, PagedKv, to_wire
 from kvmesh.engine.attention.reference import ReferenceAttention
 from kvmesh.engine.batch import Batch, Draw, Row

@@ -1,18 +1,23 @@
 """What codecs of KV cost and spoil, judged by the model itself.
 
-    python bench/codec.py --texts DIR --profile FILE --json FILE [--contexts 40]
+    python bench/codec.py --texts DIR --profile FILE --json FILE [--contexts 40] [--codecs raw,transform]
 
 For each context, the KV of its first tokens is encoded and decoded in chunks of 256 tokens by every codec, but for the
 first `--sink` and last `--window` tokens, which stay exact. Then the model reads on from that KV:
 
-    bits_per_element     of whole bitstreams, headers and side information included; the profile is apart
+    bits_per_element     of whole bitstreams, headers and side information included; the profile and the first tokens,
+                         which lossy codecs keep exact, are apart
+    metadata_share       of a chunk's bitstream that is no coded KV
     perplexity_increase  of the true continuation, against exact KV
     kl                   of the next-token distributions along it, from those after exact KV, in nats
     greedy_agreement     leading tokens of a greedy continuation that are those after exact KV, as a share
     copy_delta_nll       of a passage from early in the context, repeated: it must be read out of the decoded KV
+    copy_kl              along that passage
+    other_…              the same for contexts of `--other`, texts of another domain than the calibration's
 
-Speeds are elements per second of CPU time of one thread. `lmcache` is CacheGen as LMCache ships it (32/16/16 and 32/16
-bins, scaled per token), its bits by an ideal coder whose tables are free. The JSON is written after every context.
+A level of `transform` is a prefix of what is stored. Speeds are elements per second of CPU time of one thread.
+`lmcache` is CacheGen as LMCache ships it (32/16/16 and 32/16 bins, scaled per token), its bits by an ideal coder
+whose tables are free. The JSON is written after every context.
 """
 
 from __future__ import annotations
@@ -41,11 +46,13 @@ from kvmesh.engine.loading import load
 from kvmesh.engine.runner import kv_layout
 from kvmesh.hub import resolve
 from kvmesh.kv import bitstream
-from kvmesh.kv.codec import Codec, Raw
+from kvmesh.kv.codec import CACHEGEN, FP8, INT8, INT8_GROUP, TRANSFORM, Codec, Raw
 from kvmesh.kv.codecs import profile as profiles
-from kvmesh.kv.codecs.cachegen import CacheGen
+from kvmesh.kv.codecs.cachegen import SINK_TOKENS, CacheGen
 from kvmesh.kv.codecs.fp8 import Fp8
 from kvmesh.kv.codecs.int8 import Int8
+from kvmesh.kv.codecs.lossless import Lossless
+from kvmesh.kv.codecs.transform import Transform
 from kvmesh.types import BLOCK_TOKENS, CHUNK_TOKENS
 from kvmesh.worker.calibration import contexts
 
@@ -60,6 +67,7 @@ class Decoded:
 
     data: np.ndarray[Any, Any]
     bits: float
+    metadata: float
     encode_speed: float | None
     decode_speed: float | None
 
@@ -73,6 +81,10 @@ class Row:
     kl: float
     greedy_agreement: float
     copy_delta_nll: float
+    copy_kl: float
+    other_delta_nll: float | None
+    other_kl: float | None
+    metadata_share: float
     encode_elements_per_s: float | None
     decode_elements_per_s: float | None
 
@@ -141,10 +153,30 @@ def through(codec: Codec) -> Coder:
         pieces = [(np.ascontiguousarray(data[:, :, start : start + CHUNK_TOKENS]), start) for start in starts]
         encoded, encoding = timed(lambda piece: bitstream.encode(piece[0], "float32", 0, codec, piece[1]), pieces)
         decoded, decoding = timed(lambda bits: bitstream.decode(bits, codec).data, encoded)
-        bits, size = 8 * sum(map(len, encoded)) / data.size, pieces[0][0].size
-        return Decoded(np.concatenate(decoded, axis=2), bits, size / encoding, size / decoding)
+        kept = sink_bytes(codec, data)
+        share, size = metadata(codec, encoded[-1]) / len(encoded[-1]), pieces[0][0].size
+        bits = 8 * (sum(map(len, encoded)) - kept) / (data.size - kept // 2)
+        return Decoded(np.concatenate(decoded, axis=2), bits, share, size / encoding, size / decoding)
 
     return run
+
+
+def sink_bytes(codec: Codec, data: np.ndarray[Any, Any]) -> int:
+    """Of the first tokens in half precision."""
+    return 2 * SINK_TOKENS * (data.size // data.shape[2]) if isinstance(codec, CacheGen | Transform) else 0
+
+
+def metadata(codec: Codec, bits: bytes) -> int:
+    """Bytes of a later chunk's headers, tables, counts and coder states."""
+    header = bitstream.read_header(bits)
+    blocks, columns = header.layers * header.planes, header.kv_heads * header.head_dim
+    own = {
+        INT8.id: 2 * blocks * columns * -(-header.tokens // INT8_GROUP),
+        FP8.id: 4 * blocks * header.kv_heads,
+        CACHEGEN.id: 24 + 20,
+        TRANSFORM.id: 24 + len(header.layer_ends) * (2 * header.planes + 4 + 16 + 4 + 16),
+    }
+    return header.payload_start + own.get(codec.format.id, 0)
 
 
 def timed(function: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Any], float]:
@@ -170,22 +202,28 @@ def lmcache(data: np.ndarray[Any, Any]) -> Decoded:
     for symbol in range(32):
         share = (symbols == symbol).mean(axis=1)
         bits -= float((share * np.log2(np.maximum(share, 1e-12))).mean())
-    return Decoded((levels * scale / half).astype(np.float32), bits + 16 / (data.shape[3] * data.shape[4]), None, None)
+    return Decoded(
+        (levels * scale / half).astype(np.float32), bits + 16 / (data.shape[3] * data.shape[4]), 0.0, None, None
+    )
 
 
-def coders(profile: Path) -> dict[tuple[str, int | None], Coder]:
-    """By name and level; exact KV first, everything is compared with it."""
+def coders(profile: Path, wanted: Sequence[str]) -> dict[tuple[str, int | None], Coder]:
+    """By name and level, those whose name begins as `wanted`; exact KV first, everything is compared with it."""
     read = profiles.read(profile)
     chosen: dict[tuple[str, int | None], Coder] = {
         ("raw", None): through(Raw()),
         ("int8", None): through(Int8()),
         ("fp8", None): through(Fp8()),
+        ("lossless", None): through(Lossless()),
         ("lmcache", None): lmcache,
     }
     for level, content in enumerate(read.levels, start=1):
         name = f"cachegen, groups of {content.group}" if content.group else "cachegen"
         chosen[name, level] = through(CacheGen(read, level))
-    return chosen
+    for level in range(1, read.transform.quality_layers + 1 if read.transform else 0):
+        chosen["transform", level] = through(Transform(read, level))
+    named = tuple(wanted) or tuple(name for name, _ in chosen)
+    return {key: coder for key, coder in chosen.items() if key[0] == "raw" or key[0].startswith(named)}
 
 
 def judge(
@@ -195,7 +233,7 @@ def judge(
     options: argparse.Namespace,
     advance: Callable[[], None],
 ) -> list[tuple[float, ...]]:
-    """For each coder: bits, ΔNLL, KL, agreement, ΔNLL of the copy, speeds."""
+    """For each coder: bits, metadata, ΔNLL, KL, ΔNLL and KL of the copy, speeds, agreement."""
     context, continuation = tokens[: options.tokens], tokens[options.tokens :]
     passage = context[COPY_START : COPY_START + options.continuation]
     exact = judge.prefill(context)
@@ -211,9 +249,11 @@ def judge(
         reference = reference or read
         results.append([
             decoded.bits,
+            decoded.metadata,
             nll(read[0], continuation) - nll(reference[0], continuation),
-            float((reference[0].exp() * (reference[0] - read[0])).sum(-1).mean()),
+            divergence(reference[0], read[0]),
             nll(read[1], passage, COPY_LEAD) - nll(reference[1], passage, COPY_LEAD),
+            divergence(reference[1][COPY_LEAD:], read[1][COPY_LEAD:]),
             decoded.encode_speed or math.nan,
             decoded.decode_speed or math.nan,
         ])  # fmt: skip
@@ -221,6 +261,11 @@ def judge(
     greedy = judge.greedy(continuation[0], options.greedy)
     agreed = [float(np.append(row != greedy[0], True).argmax()) / options.greedy for row in greedy]
     return [(*result, share) for result, share in zip(results, agreed, strict=True)]
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of `other` from `exact`, in nats."""
+    return float((exact.exp() * (exact - other)).sum(-1).mean())
 
 
 def nll(logprobs: torch.Tensor, tokens: Sequence[int], lead: int = 0) -> float:
@@ -232,30 +277,37 @@ def nll(logprobs: torch.Tensor, tokens: Sequence[int], lead: int = 0) -> float:
 def measure(options: argparse.Namespace) -> Iterator[tuple[list[Row], int]]:
     """After each context: the rows so far, and over how many contexts."""
     torch.set_num_threads(1)
-    chosen = coders(options.profile)
+    chosen = coders(options.profile, options.codecs.split(",") if options.codecs else ())
     model = Judge(options.model, len(chosen), options.tokens, options.continuation)
-    passages = contexts(model.folder, options.texts, options.contexts, options.tokens + options.continuation)
+    length = options.tokens + options.continuation
+    passages = contexts(model.folder, options.texts, options.contexts, length)
+    others = contexts(model.folder, options.other, options.other_contexts, length) if options.other else []
     results: list[list[tuple[float, ...]]] = []
+    elsewhere: list[list[tuple[float, ...]]] = []
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("codecs and contexts", total=len(passages) * len(chosen))
-        for passage in passages:
-            results.append(judge(model, list(chosen.values()), passage, options, lambda: bar.advance(task)))
-            yield (
-                [row(*key, samples) for key, samples in zip(chosen, zip(*results, strict=True), strict=True)],
-                len(results),
-            )
+        task = bar.add_task("codecs and contexts", total=(len(others) + len(passages)) * len(chosen))
+        for passage in (*others, *passages):
+            into = elsewhere if len(elsewhere) < len(others) else results
+            into.append(judge(model, list(chosen.values()), passage, options, lambda: bar.advance(task)))
+            if results:
+                away = list(zip(*elsewhere, strict=True)) or [()] * len(chosen)
+                samples = zip(chosen, zip(*results, strict=True), away, strict=True)
+                yield [row(*key, same, other) for key, same, other in samples], len(results)
 
 
-def row(codec: str, level: int | None, samples: Sequence[tuple[float, ...]]) -> Row:
-    bits, loss, kl, copy, encode, decode, agreed = zip(*samples, strict=True)
+def row(codec: str, level: int | None, same: Sequence[tuple[float, ...]], other: Sequence[tuple[float, ...]]) -> Row:
+    bits, side, loss, kl, copy, copy_kl, encode, decode, agreed = zip(*same, strict=True)
     speeds = (statistics.median(speed) if not math.isnan(speed[0]) else None for speed in (encode, decode))
     mean = statistics.fmean
-    return Row(codec, level, mean(bits), math.expm1(mean(loss)), mean(kl), mean(agreed), mean(copy), *speeds)
+    elsewhere = [mean(column) for column in list(zip(*other, strict=True))[2:4]] or [None, None]
+    quality = (math.expm1(mean(loss)), mean(kl), mean(agreed), mean(copy), mean(copy_kl), *elsewhere)
+    return Row(codec, level, mean(bits), *quality, mean(side), *speeds)
 
 
 def table(rows: Sequence[Row]) -> Table:
     shown = Table(
-        "codec", "level", "bits", "perplexity", "KL", "greedy", "copy ΔNLL", "encode M/s", "decode M/s", box=None
+        "codec", "level", "bits", "perplexity", "KL", "greedy", "copy ΔNLL", "copy KL", "other ΔNLL", "other KL",
+        "meta", "enc M/s", "dec M/s", box=None,
     )  # fmt: skip
     for r in rows:
         speeds = (
@@ -269,6 +321,10 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.kl:.4f}",
             f"{r.greedy_agreement:.0%}",
             f"{r.copy_delta_nll:+.4f}",
+            f"{r.copy_kl:.4f}",
+            "-" if r.other_delta_nll is None else f"{r.other_delta_nll:+.4f}",
+            "-" if r.other_kl is None else f"{r.other_kl:.4f}",
+            f"{r.metadata_share:.2%}",
             *speeds,
         )
     return shown
@@ -279,6 +335,9 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--codecs", default="", help="names, with commas between them; default: all")
+    parser.add_argument("--other", type=Path, help="a folder of texts of another domain")
+    parser.add_argument("--other-contexts", type=int, default=8)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--contexts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=2048, help="of a context, a multiple of 256")
@@ -298,7 +357,7 @@ def main() -> None:
     print(
         f"{options.model}, {count} contexts of {options.tokens} tokens, {options.sink} + {options.window} of them exact"
     )
-    Console(width=120).print(table(rows))
+    Console(width=150).print(table(rows))
 
 
 if __name__ == "__main__":

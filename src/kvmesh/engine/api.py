@@ -12,7 +12,7 @@ A preempted sequence goes back to waiting and is recomputed; nobody outside noti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,11 +104,16 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class KvReady:
-    """KV of prompt tokens [start, start + data.shape[2]) is final; `data` is a private copy."""
+    """KV of prompt tokens [start, start + data.shape[2]) is final; `copy` is a private copy, or gets it."""
 
     request_id: str
     start: int
-    data: KvArray = field(repr=False)
+    copy: KvArray | Callable[[], KvArray] = field(repr=False)
+
+    @property
+    def data(self) -> KvArray:
+        """The copy, in any thread; waits for it where it is still on its way from a device."""
+        return self.copy() if callable(self.copy) else self.copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ never decides what runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,6 +82,9 @@ class Runner(Protocol):
 
     def read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> KvArray:
         """A private copy of the KV of positions [start, start + tokens) of a block table, canonical layout."""
+
+    def begin_read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> Callable[[], KvArray]:
+        """As `read_kv`, but what is returned may wait for the copy; the blocks may be written to meanwhile."""
 
     def write_kv(self, block_ids: Sequence[int], start: int, data: KvArray) -> None:
         """Writes canonical KV at positions [start, start + data.shape[2]) of a block table."""

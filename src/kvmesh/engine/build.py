@@ -83,7 +83,7 @@ def build_runner(
     model = load(folder, dtype, device, precision=resolve_precision(precision, dtype, device))
     if blocks is None:
         blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
-    back_end = choose(kv_layout_of(folder, dtype), device, torch.get_num_threads())
+    back_end = choose(kv_layout_of(folder, dtype), device, torch.get_num_threads(), heads=model.config.heads)
     return TorchRunner(model, blocks, max_model_len, back_end, _grammars(folder))
 
 

@@ -134,8 +134,8 @@ class EngineCore:
             self.scheduler.restored(sequence)
 
     def _export(self, export: Export) -> KvReady:
-        data = self.runner.read_kv(export.block_ids, export.start, export.end - export.start)
-        return KvReady(export.request_id, export.start, data)
+        copy = self.runner.begin_read_kv(export.block_ids, export.start, export.end - export.start)
+        return KvReady(export.request_id, export.start, copy)
 
     def _fail(self, iteration: Iteration, error: Exception) -> list[Event]:
         request_ids = dict.fromkeys(sequence.group.request.request_id for sequence in iteration.sequences)

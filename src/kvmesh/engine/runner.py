@@ -5,16 +5,18 @@ Implements `batch.Runner`. Knows no queue, no prefix cache and no policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from kvmesh.engine.api import KvArray, KvLayout
-from kvmesh.engine.attention.choice import BackEnd, torch_back_end
-from kvmesh.engine.attention.interface import Segment
+from kvmesh.engine.attention.choice import torch_back_end
+from kvmesh.engine.attention.flashinfer_pool import PagePool
+from kvmesh.engine.attention.interface import BackEnd, Segment
 from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.cuda.graphs import forward_of
 from kvmesh.engine.grammar import Grammars
 from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.sampling import sample
@@ -34,7 +36,8 @@ class TorchRunner:
         self._model = model
         self._grammars = grammars
         build = back_end or torch_back_end(model.device)
-        self._pool, self._attention = build(kv_layout(model), blocks, model.windows)
+        self._pool, attention = build(kv_layout(model), blocks, model.windows)
+        self._forward = forward_of(model, attention)
         self._max_model_len = min(max_model_len or model.config.max_model_len, model.config.max_model_len)
 
     @property
@@ -85,6 +88,13 @@ class TorchRunner:
         return self._pool.read(block_ids, start, tokens)
 
     @torch.inference_mode()
+    def begin_read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> Callable[[], KvArray]:
+        if isinstance(self._pool, PagePool):
+            return self._pool.begin_read(block_ids, start, tokens)
+        data = self._pool.read(block_ids, start, tokens)
+        return lambda: data
+
+    @torch.inference_mode()
     def write_kv(self, block_ids: Sequence[int], start: int, data: KvArray) -> None:
         self._pool.write(block_ids, start, data)
 
@@ -92,18 +102,18 @@ class TorchRunner:
         """Logits of the last token of each row, once per draw: `[draws, vocabulary]`."""
         if not rows:
             return torch.empty(0)
-        model = self._model
-        self._attention.plan([Segment(row.start, len(row.token_ids), row.block_ids) for row in rows])
-        hidden = model.embed(self._tensor(chain.from_iterable(row.token_ids for row in rows)))
-        hidden = model.forward(hidden, self._tensor(chain.from_iterable(map(_positions, rows))), self._attention)
+        token_ids = list(chain.from_iterable(row.token_ids for row in rows))
+        positions = list(chain.from_iterable(map(_positions, rows)))
+        segments = [Segment(row.start, len(row.token_ids), row.block_ids) for row in rows]
+        hidden = self._forward(token_ids, positions, segments)
         drawn, repeats = _drawn(rows)
         if not drawn:
             return torch.empty(0)
-        logits = model.logits(hidden.index_select(0, self._tensor(drawn)))
+        logits = self._model.logits(hidden.index_select(0, self._tensor(drawn)))
         return logits if max(repeats) == 1 else logits.repeat_interleave(self._tensor(repeats), dim=0)
 
-    def _tensor(self, values: chain[int] | list[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._model.device)
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
 
 
 def _positions(row: Row) -> range:

@@ -7,7 +7,7 @@ who encodes or decodes holds a Codec, which may need a model's profile. The loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -36,6 +36,8 @@ class Format:
     name: str
     fits: Callable[[int, Shape, int], bool]
     """(payload bytes, shape, bytes of an element) -> can this be? A wrong length is refused before decoding."""
+    quality_layers: int = 1
+    """At most; more than one if the codec is progressive."""
 
 
 class Codec(Protocol):
@@ -48,17 +50,20 @@ class Codec(Protocol):
     def namespace(self) -> str:
         """The `codec` field of the fingerprint: equal only if what is decoded is equally good."""
 
-    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> Buffer:
-        """The payload; `start` is the first token's position. Raises ValueError for what it cannot represent."""
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> Sequence[Buffer]:
+        """The payload, one part for each quality layer, coarse to fine; `start` is the first token's position.
 
-    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
-        """An array of `shape` and `dtype` (uint16: bfloat16); raises CorruptChunk."""
+        Raises ValueError for what it cannot represent.
+        """
+
+    def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+        """An array of `shape` and `dtype` (uint16: bfloat16) from the first part or more; raises CorruptChunk."""
 
 
 def _any_payload(size: int, shape: Shape, itemsize: int) -> bool:
-    """Entropy coded: at most two bytes an element and some side information, whatever the element was."""
+    """Entropy coded: little more than the array at most, whatever it held."""
     elements = int(np.prod(shape, dtype=np.int64))
-    return 0 < size <= 3 * elements + 4096
+    return 0 < size <= max(itemsize, 3) * elements + (elements >> 3) + 4096
 
 
 def _int8_size(size: int, shape: Shape, itemsize: int) -> bool:
@@ -78,8 +83,12 @@ RAW = Format(1, "raw", lambda size, shape, itemsize: size == int(np.prod(shape, 
 INT8 = Format(2, "int8", _int8_size)
 FP8 = Format(3, "fp8", _fp8_size)
 CACHEGEN = Format(4, "cachegen", _any_payload)
+TRANSFORM = Format(5, "transform", _any_payload, quality_layers=16)
+LOSSLESS = Format(6, "lossless", _any_payload)
 
-CODECS: Mapping[int, Format] = MappingProxyType({format.id: format for format in (RAW, INT8, FP8, CACHEGEN)})
+CODECS: Mapping[int, Format] = MappingProxyType(
+    {format.id: format for format in (RAW, INT8, FP8, CACHEGEN, TRANSFORM, LOSSLESS)}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,9 @@ class Raw:
     format: Format = RAW
     namespace: str = EXACT
 
-    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> memoryview:
-        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> tuple[memoryview]:
+        return (np.ascontiguousarray(data).reshape(-1).view(np.uint8).data,)
 
-    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+    def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
         """A view, not a copy; read-only if the bitstream is `bytes`."""
-        return np.frombuffer(payload, dtype).reshape(shape)
+        return np.frombuffer(parts[0], dtype).reshape(shape)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 DECAY = 0.5
 """What earlier transfers weigh after one more."""
+FADING = 0.95
+"""What is left of the best throughput after one more transfer."""
 SMALLEST = 1024
 """Bytes below which a transfer measures the way there and back, and not the link."""
 
@@ -29,11 +31,17 @@ class Link:
     _read_at: float = 0.0
     _bytes: float = 0.0
     _busy: float = 0.0
+    _peak: float = 0.0
 
     @property
     def throughput(self) -> float | None:
         """Bytes per second of the whole link; None until measured."""
         return self._bytes / self._busy if self._bytes and self._busy else None
+
+    @property
+    def capacity(self) -> float | None:
+        """Bytes per second that it has carried lately at its best: a busy reader makes a link look slow, never fast."""
+        return self._peak or None
 
     @property
     def share(self) -> float | None:
@@ -54,6 +62,7 @@ class Link:
         if charged > 0 and size is not None and (not size or size >= SMALLEST):
             self._bytes = DECAY * self._bytes + size
             self._busy = DECAY * self._busy + charged
+            self._peak = max(self._bytes / self._busy, FADING * self._peak)
 
     def answered(self, seconds: float) -> None:
         """A call that carried nothing took so long."""

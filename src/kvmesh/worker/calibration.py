@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvmesh.engine.api import KvArray
-from kvmesh.engine.batch import Batch, Row, Runner
 from kvmesh.errors import InvalidArgument, KvmeshError
 from kvmesh.hub import ModelFolder
 from kvmesh.kv.codecs.calibration import ABLATIONS, LEVELS, calibrate
 from kvmesh.kv.codecs.choice import PROFILE_NAME
 from kvmesh.kv.codecs.profile import Profile
-from kvmesh.types import BLOCK_TOKENS
+from kvmesh.kv.codecs.rotary import Rotary
+from kvmesh.kv.codecs.transform_calibration import Statistics, learn
 
-CONTEXTS = 12
+CONTEXTS = 25
 TOKENS = 2048
-_STEP = 512
+_HELD_OUT = 5
+"""One passage in so many is kept from the transform, so that it is not judged by what it was made of."""
+_STRIDE = 97
 _SUFFIXES = (".txt", ".md", ".rst")
 
 
@@ -49,24 +52,41 @@ def contexts(folder: ModelFolder, texts: Path, count: int, tokens: int) -> list[
     return passages[:count]
 
 
-def compute(runner: Runner, passage: Sequence[int]) -> KvArray:
-    """KV of a text from its start, in half precision to save memory: it is only counted."""
-    blocks = range(-(-len(passage) // BLOCK_TOKENS))
-    for start in range(0, len(passage), _STEP):
-        runner.run(Batch((Row(passage[start : start + _STEP], start, blocks),)))
-    return runner.read_kv(blocks, 0, len(passage)).astype(np.float16)
+def with_copy(passage: Sequence[int], offset: int) -> list[int]:
+    """The passage, its last quarter replaced by tokens from `offset` on: texts repeat themselves, models read back."""
+    quarter = len(passage) // 4
+    return [*passage[: 3 * quarter], *passage[offset : offset + quarter]]
 
 
 def make_profile(folder: ModelFolder, passages: Sequence[Sequence[int]], ablations: bool, bar: Progress) -> Profile:
-    """The profile of what the model computes for `passages`, in float32."""
-    from kvmesh.engine.build import build_runner
+    """The profile of what the model computes for `passages`, in float32; one in five tells how coefficients spread."""
+    from kvmesh.engine.sensitivity import Sensitivity
 
-    runner = build_runner(folder, "float32", blocks=-(-len(passages[0]) // BLOCK_TOKENS))
-    samples = [compute(runner, passage) for passage in bar.track(passages, description="running the model")]
+    if len(passages) < 2:
+        raise InvalidArgument("a transform takes two passages at least")
+    model, samples = Sensitivity(folder), []
+    statistics: Statistics | None = None
+    for number, passage in enumerate(bar.track(passages, description="running the model")):
+        kv, gradients = model.compute(with_copy(passage, number * _STRIDE % (len(passage) // 4)), number)
+        samples.append(kv.astype(np.float16))
+        statistics = statistics or Statistics(_shape(kv), Rotary(*model.rotary))
+        if number % _HELD_OUT:
+            statistics.add(kv)
+            statistics.judge(gradients)
     recipes = (*LEVELS, *(ABLATIONS if ablations else ()))
     task = bar.add_task("learning distributions", total=len(recipes))
     revision = bytes.fromhex(folder.revision)
-    return calibrate(samples, revision, recipes, lambda done, total: bar.update(task, completed=done))
+    learnt = calibrate(samples, revision, recipes, lambda done, total: bar.update(task, completed=done))
+    task = bar.add_task("learning a transform")
+    assert statistics is not None
+    held_out = [sample.astype(np.float32) for sample in samples[::_HELD_OUT]]
+    transform = learn(statistics, held_out, report=lambda done, total: bar.update(task, completed=done, total=total))
+    return replace(learnt, transform=transform)
+
+
+def _shape(kv: KvArray) -> tuple[int, int, int, int]:
+    layers, planes, _, heads, dim = kv.shape
+    return layers, planes, heads, dim
 
 
 def save(profile: Profile, path: Path) -> None:

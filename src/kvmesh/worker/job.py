@@ -13,7 +13,25 @@ from kvmesh.errors import InvalidArgument, Mismatch
 from kvmesh.grammar import problem as grammar_problem
 from kvmesh.kv.codec import Codec, Raw
 from kvmesh.kv.keys import namespace_root
-from kvmesh.types import ChunkRef, KvTicket, SamplingParams, WorkerCapacity, WorkerInfo
+from kvmesh.types import ChunkRef, KvTicket, Readers, SamplingParams, WorkerCapacity, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a prompt of `tokens` took to compute, and its KV to encode and to decode, in one thread, in each codec."""
+
+    tokens: int
+    compute_seconds: float
+    coding: tuple[Coding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """A bitstream that was made and read."""
+
+    bits: bytes = field(repr=False)
+    encode_seconds: float
+    decode_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +44,8 @@ class Model:
     vocabulary_size: int
     capacity: WorkerCapacity
     codec: Codec = field(default_factory=Raw)
+    speed: Speed | None = None
+    """What was measured on the way up."""
     structured_output: bool = True
 
 
@@ -41,6 +61,10 @@ class Job:
     sampling: SamplingParams
     ticket: KvTicket | None = None
     cache_salt: str = ""
+    readers: Readers = field(default_factory=Readers)
+    """Of what is published."""
+    ttft_budget: float | None = None
+    """Seconds that are left until the first token is due."""
 
     @property
     def chunks(self) -> tuple[ChunkRef, ...]:

@@ -23,3 +23,17 @@ class Meter:
         metrics.prompt_tokens.add(queried)
         metrics.generation_tokens.add(now.tokens_total - last.tokens_total)
         metrics.num_preemptions.add(now.preemptions_total - last.preemptions_total)
+        self._observe_kv(last, now)
+        if now.power_domain:
+            metrics.power_watts.set(now.power_watts, {"domain": now.power_domain})
+            spent = max(0.0, now.energy_joules_total - last.energy_joules_total)
+            metrics.energy_joules.add(spent, {"domain": now.power_domain})
+
+    def _observe_kv(self, last: WorkerStatistics, now: WorkerStatistics) -> None:
+        metrics = self._metrics
+        metrics.kv_fetched_bytes.add(now.fetched_bytes_total - last.fetched_bytes_total)
+        metrics.kv_published_bytes.add(now.published_bytes_total - last.published_bytes_total)
+        metrics.kv_missed_chunks.add(now.missed_chunks_total - last.missed_chunks_total)
+        metrics.kv_recomputed_tokens.add(now.recomputed_tokens_total - last.recomputed_tokens_total)
+        for quality, chunks in now.chunks_by_quality.items():
+            metrics.kv_fetched_chunks.add(chunks - last.chunks_by_quality.get(quality, 0), {"quality": quality})

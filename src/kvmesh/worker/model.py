@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kvmesh.engine.api import Engine, KvLayout
+from kvmesh.engine.api import Engine, KvArray, KvLayout
 from kvmesh.engine.batch import Runner
 from kvmesh.engine.budget import profiled_budget
 from kvmesh.engine.fake import FAKE_MODEL, FAKE_VOCABULARY, fake_engine, fake_layout
@@ -23,7 +23,7 @@ from kvmesh.kv.keys import fingerprint
 from kvmesh.rpc.address import is_loopback
 from kvmesh.types import WorkerCapacity
 from kvmesh.worker.config import WorkerConfig
-from kvmesh.worker.job import Model, Speed
+from kvmesh.worker.job import Coding, Model, Speed
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
     kv = warm_up(engine.runner)
     if kv is not None and warm:
         bitstream.decode(bitstream.encode(kv, dtype, engine.capacity.first_layer, codec), codec)
-    speed = _measure(engine.runner, dtype, codec) if isinstance(codec, Adaptive) and warm else None
+    speed = None
+    if warm and isinstance(codec, Adaptive):
+        speed = _measure(engine.runner, dtype, codec, config.quality)
     if config.tbt_target:
         engine.scheduler.token_budget = profiled_budget(engine.runner, config.tbt_target)
         log.info("token budget for %g s between tokens: %d", config.tbt_target, engine.scheduler.token_budget)
@@ -84,17 +86,23 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
     return replace(model, speed=speed), engine
 
 
-def _measure(runner: Runner, dtype: str, codec: Codec) -> Speed | None:
+def _measure(runner: Runner, dtype: str, codec: Adaptive, quality: int) -> Speed | None:
     """Of a short prompt, once all is warm; None if there is no room for one."""
     timed = time_prompt(runner)
     if timed is None:
         return None
     kv, seconds = timed
+    return Speed(kv.shape[2], seconds, tuple(_coding(kv, dtype, each, quality) for each in codec.members))
+
+
+def _coding(kv: KvArray, dtype: str, codec: Codec, quality: int) -> Coding:
     began = time.perf_counter()
     bits = bitstream.encode(kv, dtype, 0, codec)
-    between = time.perf_counter()
-    bitstream.decode(bits, codec)
-    return Speed(kv.shape[2], seconds, kv.size, between - began, time.perf_counter() - between)
+    encoding = time.perf_counter() - began
+    coarsest = bytes(bitstream.cut(bits, quality))
+    began = time.perf_counter()
+    bitstream.decode(coarsest, codec)
+    return Coding(bits, encoding, time.perf_counter() - began)
 
 
 def _shape(layout: KvLayout) -> tuple[int, int, int, int]:

@@ -7,15 +7,19 @@ is dead or slow costs bounded time and never the request.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from concurrent.futures import Executor
 from typing import Self
 
-from kvmesh.engine.api import KvReady
+from kvmesh.engine.api import KvArray, KvReady
 from kvmesh.kv import bitstream
 from kvmesh.kv.client import StoreClient
 from kvmesh.kv.codec import Codec, Raw
-from kvmesh.types import ChunkRef, KvTicket
+from kvmesh.kv.codecs.adaptive import Adaptive
+from kvmesh.scheduling.publishing import Chunk, Links, Load
+from kvmesh.types import ChunkRef, KvTicket, Readers
+from kvmesh.worker.traffic import Traffic, quality_of
 
 UNUSED = KvTicket("", "", 0)
 
@@ -24,7 +28,8 @@ class Publication:
     """The chunks of one ticket.
 
     `missing`: indices of those to publish, all others are in the store already; None: no source can be reached.
-    `codec` encodes them, raw by default. `async with` it: what is still under way at the end is cancelled.
+    `codec` encodes them, raw by default; if it is adaptive, each chunk travels as suits the links to the store and to
+    the `readers`. `async with` it: what is still under way at the end is cancelled.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class Publication:
         *,
         dtype: str,
         codec: Codec | None = None,
+        traffic: Traffic | None = None,
+        readers: Readers | None = None,
         timeout: float = 3.0,
         in_flight: int = 4,
     ) -> None:
@@ -46,6 +53,9 @@ class Publication:
         self._reachable = missing is not None
         self._dtype = dtype
         self._codec = codec or Raw()
+        self._traffic = traffic or Traffic()
+        self._readers = readers or Readers()
+        self._load = Load()
         self._timeout = timeout
         self._room = asyncio.Semaphore(in_flight)
         self._indices = {chunk.start: index for index, chunk in enumerate(self._ticket.chunks)}
@@ -96,10 +106,52 @@ class Publication:
         async with self._room:
             if index > self._failed:
                 return False
-            first_layer = self._ticket.chunks[index].first_layer
-            loop = asyncio.get_running_loop()
-            chunk = (ready.data, self._dtype, first_layer, self._codec, ready.start)
-            bits = await loop.run_in_executor(self._pool, bitstream.encode, *chunk)
-            done = await self._store.put(self._ticket, index, bits, timeout=self._timeout)
+            chunk = self._ticket.chunks[index]
+            bits = await self._encode(chunk, ready.data)
+            done = await self._send(index, bits)
             self._failed = self._failed if done else min(self._failed, index)
+            if done:
+                header = bitstream.read_header(bits)
+                quality = quality_of(header.codec, header.quality_layers)
+                self._traffic.published.add(quality, len(bits), header.array_bytes)
             return done
+
+    async def _encode(self, chunk: ChunkRef, data: KvArray) -> bytes:
+        codec, loop, traffic = self._choose(chunk, data), asyncio.get_running_loop(), self._traffic
+        work = (data, self._dtype, chunk.first_layer, codec, chunk.start)
+        bits, seconds = await loop.run_in_executor(self._pool, _timed, *work)
+        traffic.encoded(bits, seconds)
+        return bits
+
+    def _choose(self, chunk: ChunkRef, data: KvArray) -> Codec:
+        if not isinstance(self._codec, Adaptive):
+            return self._codec
+        traffic, members = self._traffic, self._codec.members
+        source = self._ticket.sources[chunk.source]
+        number = traffic.publishing.choose(
+            [codec.format.id for codec in members],
+            Chunk(data.nbytes, data.size, traffic.compute.seconds(chunk.start, chunk.end)),
+            Links(traffic.remote(source), traffic.up(source).capacity, self._readers),
+            (traffic.encoding, traffic.decoding),
+            self._load,
+        )
+        return members[number]
+
+    async def _send(self, index: int, bits: bytes) -> bool:
+        """Measures the link; one that is known to need longer gets it."""
+        link = self._traffic.up(self._ticket.sources[self._ticket.chunks[index].source])
+        expected = len(bits) / link.share if link.share else 0.0
+        link.requests += 1
+        begun, size = link.begin(time.monotonic()), None
+        try:
+            done = await self._store.put(self._ticket, index, bits, timeout=max(self._timeout, 4 * expected))
+            size = len(bits) if done else 0
+            return done
+        finally:
+            link.end(begun, size, time.monotonic())
+            link.requests -= 1
+
+
+def _timed(data: KvArray, dtype: str, first_layer: int, codec: Codec, start: int) -> tuple[bytes, float]:
+    began = time.perf_counter()
+    return bitstream.encode(data, dtype, first_layer, codec, start), time.perf_counter() - began

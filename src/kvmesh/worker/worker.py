@@ -7,12 +7,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from kvmesh.kv.client import StoreClient
-from kvmesh.types import KvTicket, WorkerInfo, WorkerStatistics
+from kvmesh.types import WorkerInfo, WorkerStatistics
 from kvmesh.worker.job import Job, Model, check, matches
 from kvmesh.worker.lease import Leases
+from kvmesh.worker.power import PowerWatch
 from kvmesh.worker.publication import Publication
 from kvmesh.worker.session import Sessions
 from kvmesh.worker.thread import EngineThread
+from kvmesh.worker.traffic import Traffic
 from kvmesh.worker.transfer import Importer
 
 DEFAULT_DEADLINE = 600.0
@@ -31,6 +33,8 @@ class Worker:
     importer: Importer
     pool: Executor
     peers: Callable[[], Awaitable[Iterable[WorkerInfo]]]
+    traffic: Traffic
+    power: PowerWatch
 
     @classmethod
     def build(
@@ -40,16 +44,28 @@ class Worker:
         store: StoreClient,
         pool: Executor,
         peers: Callable[[], Awaitable[Iterable[WorkerInfo]]],
+        traffic: Traffic | None = None,
+        power: PowerWatch | None = None,
     ) -> Worker:
-        importer = Importer(store, engine, pool, codec=model.codec)
-        return cls(model, engine, store, Sessions(engine), Leases(store), importer, pool, peers)
+        traffic = traffic or Traffic()
+        importer = Importer(store, engine, pool, codec=model.codec, traffic=traffic)
+        sessions, leases = Sessions(engine), Leases(store)
+        return cls(model, engine, store, sessions, leases, importer, pool, peers, traffic, power or PowerWatch())
 
     def alive(self) -> bool:
         return self.engine.alive
 
-    def publication(self, ticket: KvTicket | None, missing: Collection[int] | None) -> Publication:
-        dtype = self.engine.layout.dtype
-        return Publication(self.store, self.pool, ticket, missing, dtype=dtype, codec=self.model.codec)
+    def publication(self, job: Job, missing: Collection[int] | None) -> Publication:
+        return Publication(
+            self.store,
+            self.pool,
+            job.ticket,
+            missing,
+            dtype=self.engine.layout.dtype,
+            codec=self.model.codec,
+            traffic=self.traffic,
+            readers=job.readers,
+        )
 
     async def check(self, job: Job) -> None:
         """Refuses what cannot be computed here; see `job.check`."""
@@ -60,6 +76,8 @@ class Worker:
         statistics = await self.engine.statistics()
         statistics.leases = self.leases.count
         statistics.draining = self.sessions.draining
+        self.traffic.report(statistics)
+        self.power.report(statistics)
         if check_integrity:
             statistics.integrity_errors = await self.engine.check_integrity()
         return statistics

@@ -10,47 +10,63 @@ import sys
 import time
 import tracemalloc
 from contextlib import suppress
+from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
 
 from kvmesh.kv import bitstream
-from kvmesh.kv.bitstream import HEADER_BYTES, CorruptChunk
+from kvmesh.kv.bitstream import HEADER_BYTES, MAX_QUALITY_LAYERS, CorruptChunk
 from kvmesh.kv.codec import Codec
 from kvmesh.kv.codecs.cachegen import CacheGen
 from kvmesh.kv.codecs.floats import to_float32
 from kvmesh.kv.codecs.fp8 import Fp8
 from kvmesh.kv.codecs.int8 import Int8
-from tests.unit.kv.codec_profiles import RECIPES, kv, profile
+from kvmesh.kv.codecs.transform import Transform
+from kvmesh.kv.header import head_bytes
+from tests.unit.kv.codec_profiles import RECIPES, kv, profile, transforming
 
+COUNT = 20
+"""Where a header has the number of its quality layers."""
 MEMORY_FACTOR, MEMORY_SLACK = 8, 1 << 20
 
 
 def codecs() -> list[Codec]:
-    return [Int8(), Fp8(), *(CacheGen(profile(), level) for level in range(1, len(RECIPES) + 1))]
+    grouped = [CacheGen(profile(), level) for level in range(1, len(RECIPES) + 1)]
+    return [Int8(), Fp8(), *grouped, Transform(transforming())]
 
 
 def sealed(stream: bytearray) -> bytes:
-    """With a length and checksums that hold, as an attacker would make them."""
-    payload = bytes(stream[HEADER_BYTES:])
-    struct.pack_into("<QI", stream, 20, len(payload), crc32(payload))
-    return bytes(stream[:60]) + struct.pack("<I", crc32(stream[:60])) + payload
+    """With a last end and checksums that hold, as an attacker would make them; the other ends as they are."""
+    forged, count = bytearray(stream), stream[COUNT]
+    if 1 <= count <= MAX_QUALITY_LAYERS and len(forged) >= head_bytes(count):
+        table = slice(HEADER_BYTES, head_bytes(count) - 4)
+        ends = [end for end, _ in struct.iter_unpack("<QI", forged[table])]
+        spans = pairwise((head_bytes(count), *ends[:-1], len(forged)))
+        entries = [struct.pack("<QI", end, crc32(forged[start:end])) for start, end in spans]
+        forged[table] = b"".join(entries)
+        struct.pack_into("<I", forged, table.stop, crc32(forged[table]))
+    struct.pack_into("<I", forged, 60, crc32(forged[:60]))
+    return bytes(forged)
 
 
 def forge(stream: bytes, dice: random.Random) -> bytes:
     """Some bytes changed, most of them near the front where structure is; sometimes cut, extended or doubled."""
-    forged = bytearray(stream)
+    forged, head = bytearray(stream), head_bytes(stream[COUNT])
     for _ in range(dice.randint(1, 5)):
-        payload = len(forged) - HEADER_BYTES
-        start, length = dice.choice([(5, 15), (HEADER_BYTES, min(60, payload)), (HEADER_BYTES, payload)])
+        payload = len(forged) - head
+        places = [(5, 16), (head, min(60, payload)), (head, payload), (HEADER_BYTES, head - HEADER_BYTES)]
+        start, length = dice.choice(places if stream[COUNT] > 1 else places[:3])
         forged[start + dice.randrange(length)] = dice.choice([0, 1, 0xFF, dice.randrange(256)])
     match dice.randrange(6):
         case 0:
-            del forged[dice.randint(HEADER_BYTES, len(forged)) :]
+            del forged[dice.randint(head, len(forged)) :]
         case 1:
             forged += dice.randbytes(dice.randrange(64))
         case 2:
-            forged += forged[HEADER_BYTES:]
+            forged += forged[head:]
+        case 3 if stream[COUNT] > 1:
+            return bytes(bitstream.cut(sealed(bytearray(stream)), dice.randint(1, stream[COUNT])))
     return sealed(forged)
 
 

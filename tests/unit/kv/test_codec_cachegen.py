@@ -1,8 +1,5 @@
 """CacheGen's bitstream: its error bound, its size, chunks that stand alone, and what it refuses."""
 
-import struct
-from zlib import crc32
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +12,8 @@ from kvmesh.kv.codec import CACHEGEN
 from kvmesh.kv.codecs.cachegen import CacheGen
 from kvmesh.kv.codecs.calibration import Recipe, calibrate
 from kvmesh.kv.codecs.floats import to_float32
+from kvmesh.kv.header import head_bytes
+from tests.unit.kv.codec_fuzz import sealed
 from tests.unit.kv.codec_profiles import LAYERS, PLANES, RECIPES, kv, profile
 
 LEVELS = range(1, len(RECIPES) + 1)
@@ -52,7 +51,7 @@ def test_half_precision(dtype):
 
 def test_smaller_steps_cost_more_and_all_less_than_int8():
     data = kv(256, seed=7)
-    sizes = [len(CacheGen(profile(), level).encode(data, 0, start=256)) for level in (1, 2)]
+    sizes = [len(CacheGen(profile(), level).encode(data, 0, start=256)[0]) for level in (1, 2)]
     assert sizes[0] < sizes[1] < data.size
 
 
@@ -118,19 +117,13 @@ def test_there_is_no_level_beyond_the_profile_s(level):
 
 def test_a_shape_that_lies_is_refused_before_anything_of_its_size_is_made():
     codec = CacheGen(profile(), 1)
-    payload = memoryview(codec.encode(kv(4), 0))
+    parts = [memoryview(part) for part in codec.encode(kv(4), 0)]
     with pytest.raises(CorruptChunk):
-        codec.decode(payload, (LAYERS, PLANES, 2**20, 2, 5), np.dtype("<f4"), 0)
+        codec.decode(parts, (LAYERS, PLANES, 2**20, 2, 5), np.dtype("<f4"), 0)
     assert not CACHEGEN.fits(2**20, (1, 2, 4, 2, 5), 4)
 
 
-def sealed(stream: bytearray) -> bytes:
-    """With checksums that hold, as an attacker would make them."""
-    payload = bytes(stream[64:])
-    struct.pack_into("<QI", stream, 20, len(payload), crc32(payload))
-    return bytes(stream[:60]) + struct.pack("<I", crc32(stream[:60])) + payload
-
-
+HEAD = head_bytes(1)
 STREAMS = {level: bitstream.encode(kv(23, seed=9), "float32", 0, CacheGen(profile(), level)) for level in LEVELS}
 
 
@@ -139,11 +132,11 @@ STREAMS = {level: bitstream.encode(kv(23, seed=9), "float32", 0, CacheGen(profil
 def test_forged_streams_are_refused_or_finite(level, data):
     stream, codec = bytearray(STREAMS[level]), CacheGen(profile(), level)
     for _ in range(data.draw(st.integers(1, 5))):
-        start = 4 if data.draw(st.booleans()) else 64
+        start = 4 if data.draw(st.booleans()) else HEAD
         stream[data.draw(st.integers(start, min(len(stream), start + 120) - 1))] = data.draw(st.integers(0, 255))
     for _ in range(data.draw(st.integers(0, 3))):
-        stream[data.draw(st.integers(64, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    del stream[data.draw(st.integers(64, len(stream))) if data.draw(st.booleans()) else len(stream) :]
+        stream[data.draw(st.integers(HEAD, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    del stream[data.draw(st.integers(HEAD, len(stream))) if data.draw(st.booleans()) else len(stream) :]
     try:
         chunk = bitstream.decode(sealed(stream), codec)
     except CorruptChunk:

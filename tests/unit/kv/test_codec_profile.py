@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.errors import InvalidArgument, NotFound
-from kvmesh.kv.codecs.cachegen import DEFAULT_LEVEL
+from kvmesh.kv.codecs.cachegen import DEFAULT_LEVEL, CacheGen
 from kvmesh.kv.codecs.calibration import LEVELS, Recipe, calibrate
 from kvmesh.kv.codecs.choice import PROFILE_NAME, check_setting, find_profile, open_codec, parse
 from kvmesh.kv.codecs.profile import HASH_BYTES
@@ -80,7 +80,14 @@ def test_finer_levels_have_smaller_steps():
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
-    [("raw", ("raw", None)), ("cachegen", ("cachegen", DEFAULT_LEVEL)), ("cachegen:3", ("cachegen", 3))],
+    [
+        ("raw", ("raw", None)),
+        ("lossless", ("lossless", None)),
+        ("cachegen", ("cachegen", None)),
+        ("cachegen:3", ("cachegen", 3)),
+        ("transform", ("transform", None)),
+        ("transform:2", ("transform", 2)),
+    ],
 )
 def test_settings(setting, expected):
     assert parse(setting) == expected
@@ -104,6 +111,9 @@ def test_a_codec_without_its_profile_is_explained():
         open_codec("cachegen:1", (9, 2, 2, 5), profile())
     with pytest.raises(InvalidArgument, match="level 9"):
         open_codec("cachegen:9", SHAPE, profile())
+    with pytest.raises(InvalidArgument, match="no transform"):
+        open_codec("transform", SHAPE, profile())
+    assert open_codec("cachegen", SHAPE, profile()).namespace == CacheGen(profile(), DEFAULT_LEVEL).namespace
     assert open_codec("cachegen:1", SHAPE, profile()).namespace.endswith(profile().hash.hex())
 
 

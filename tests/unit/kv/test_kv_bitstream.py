@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmesh.kv.bitstream import HEADER_BYTES, CorruptChunk, decode, encode, read_header, verify
+from kvmesh.kv.bitstream import HEAD_BYTES, CorruptChunk, cut, decode, encode, read_header, verify
+from kvmesh.kv.codec import TRANSFORM, Format
+from kvmesh.kv.header import head_bytes
 
 WIRE = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
@@ -27,8 +30,27 @@ def chunks(draw):
 
 
 def sealed(stream: bytes) -> bytes:
-    """The stream with a header checksum that holds."""
-    return stream[:60] + struct.pack("<I", crc32(stream[:60])) + stream[64:]
+    """The stream with checksums of header and table that hold."""
+    table = stream[64 : head_bytes(stream[20]) - 4]
+    seals = [struct.pack("<I", crc32(part)) for part in (stream[:60], table)]
+    return stream[:60] + seals[0] + table + seals[1] + stream[64 + len(table) + 4 :]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A progressive codec to test with: each quality layer adds one byte of every value, the highest first."""
+
+    format: Format = TRANSFORM
+    namespace: str = "nested"
+
+    def encode(self, data, first_layer, start=0):
+        return [np.ascontiguousarray(data.astype(">f4").view("u1")[..., byte::4]).tobytes() for byte in range(4)]
+
+    def decode(self, parts, shape, dtype, first_layer):
+        values = np.zeros((*shape, 4), "u1")
+        for byte, part in enumerate(parts):
+            values[..., byte] = np.frombuffer(part, "u1").reshape(shape)
+        return values.view(">f4")[..., 0].astype("<f4")
 
 
 @pytest.fixture
@@ -60,7 +82,7 @@ def test_any_flipped_byte_is_noticed(chunk, data):
 
 
 def test_every_single_bit_of_a_header_counts(stream):
-    for bit in range(8 * HEADER_BYTES):
+    for bit in range(8 * head_bytes(1)):
         flipped = bytearray(stream)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CorruptChunk):
@@ -86,9 +108,9 @@ def test_random_bytes_are_not_data(noise):
     ("offset", "field", "value"),
     [
         (0, "4s", b"KVMC"),
-        (4, "B", 2),  # version
+        (4, "B", 1),  # version
         (5, "B", 0),  # codec
-        (5, "B", 9),
+        (5, "B", 99),
         (6, "B", 0),  # dtype
         (7, "B", 1),  # flags
         (10, "H", 0),  # layers
@@ -97,9 +119,16 @@ def test_random_bytes_are_not_data(noise):
         (12, "I", 2**32 - 1),
         (16, "H", 65535),  # kv_heads
         (18, "H", 65535),  # head_dim
-        (20, "Q", 2**64 - 1),  # payload bytes
-        (20, "Q", 0),
-        (40, "B", 1),  # reserved
+        (20, "B", 0),  # quality layers
+        (20, "B", 2),
+        (20, "B", 17),
+        (20, "B", 255),
+        (21, "B", 1),  # reserved
+        (59, "B", 1),
+        (64, "Q", 2**64 - 1),  # end of the layer
+        (64, "Q", 0),
+        (64, "Q", 80),
+        (64, "Q", 465),
     ],
 )
 def test_a_sealed_header_that_lies_is_refused_before_anything_is_allocated(stream, offset, field, value):
@@ -107,6 +136,54 @@ def test_a_sealed_header_that_lies_is_refused_before_anything_is_allocated(strea
     struct.pack_into("<" + field, forged, offset, value)
     with pytest.raises(CorruptChunk):
         read_header(sealed(bytes(forged)))
+
+
+@given(chunks(), st.integers(1, 6))
+def test_a_prefix_of_whole_quality_layers_is_a_coarser_chunk(chunk, count):
+    data = np.abs(np.nan_to_num(chunk[0].astype("<f4"), posinf=1, neginf=1))
+    stream = encode(data, "float32", 0, Nested())
+    prefix = cut(stream, count)
+    header = verify(prefix)
+    assert header.layer_ends == verify(stream).layer_ends
+    assert (header.quality_layers, len(prefix)) == (min(count, 4), header.layer_ends[min(count, 4) - 1])
+    kept = data.view("<u4") >> (32 - 8 * header.quality_layers) << (32 - 8 * header.quality_layers)
+    assert (decode(prefix, Nested()).data == kept.view("<f4")).all()
+
+
+@given(st.data())
+def test_a_progressive_bitstream_cut_or_changed_anywhere_else_is_noticed(data):
+    stream = encode(np.ones((1, 2, 3, 1, 5), "<f4"), "float32", 0, Nested())
+    ends = read_header(stream).layer_ends
+    length = data.draw(st.integers(0, len(stream)).filter(lambda length: length not in ends))
+    with pytest.raises(CorruptChunk):
+        verify(stream[:length])
+    changed = bytearray(cut(stream, data.draw(st.integers(1, 4))))
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(CorruptChunk):
+        verify(changed)
+
+
+def test_the_head_alone_tells_where_the_quality_layers_end():
+    data = np.ones((2, 2, 64, 2, 4), "<f4")
+    stream = encode(data, "float32", 0, Nested())
+    header = read_header(stream[:HEAD_BYTES])
+    assert header.quality_layers == 0
+    start = head_bytes(4)
+    assert header.spans == tuple((start + data.size * i, start + data.size * (i + 1)) for i in range(4))
+    assert header.layer_ends[-1] == len(stream)
+    assert [read_header(stream[:end]).quality_layers for end in header.layer_ends] == [1, 2, 3, 4]
+    assert [read_header(stream[: end - 1]).quality_layers for end in header.layer_ends] == [0, 1, 2, 3]
+
+
+def test_only_progressive_codecs_have_several_quality_layers(stream):
+    layered = bytearray(encode(np.ones((2, 2, 3, 2, 4), "<f4"), "float32", 0, Nested()))
+    layered[5] = 1
+    with pytest.raises(CorruptChunk, match="quality layers of raw"):
+        read_header(sealed(bytes(layered)))
+
+
+def test_raw_data_is_a_view(stream):
+    assert np.shares_memory(decode(stream).data, np.frombuffer(stream, "u1"))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ sources = st.lists(st.builds(ChunkSource, text, text), min_size=3, max_size=3).m
 chunks = st.lists(
     st.builds(ChunkRef, st.binary(min_size=32, max_size=32), u32, u32, u32, u32, st.integers(0, 2)), max_size=4
 ).map(tuple)
-tickets = st.builds(KvTicket, text, text, u32, chunks, sources)
+tickets = st.builds(KvTicket, text, text, u32, chunks, sources, st.integers(1, 16), st.sampled_from([b"", b"t" * 16]))
 capacities = st.builds(WorkerCapacity, *[u32] * 6, u64, u64)
 infos = st.builds(
     WorkerInfo,
@@ -142,10 +142,11 @@ def test_zero_is_not_unset():
     [
         pb.KvTicket(chunks=[pb.ChunkRef(key=b"short", tokens=1)], sources=[pb.ChunkSource()]),
         pb.KvTicket(chunks=[pb.ChunkRef(key=bytes(32), tokens=1, source=1)], sources=[pb.ChunkSource()]),
+        pb.KvTicket(tenant=b"mine"),
     ],
 )
 def test_a_ticket_that_makes_no_sense_is_refused(ticket):
-    with pytest.raises(InvalidArgument, match=r"ticket\.chunks"):
+    with pytest.raises(InvalidArgument, match=r"ticket\.(chunks|tenant)"):
         convert.ticket_from_proto(ticket)
 
 

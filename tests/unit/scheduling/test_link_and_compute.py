@@ -53,6 +53,18 @@ def test_a_link_that_slows_down_is_noticed_with_one_transfer():
     assert link.throughput < 2 * MB
 
 
+def test_the_capacity_is_that_of_the_best_moments_and_fades():
+    link = Link()
+    assert link.capacity is None
+    link.end(link.begin(0.0), 10 * MB, 1.0)
+    link.end(link.begin(1.0), MB, 2.0)
+    assert link.throughput < 5 * MB
+    assert link.capacity == pytest.approx(9.5 * MB)
+    for now in range(2, 200):
+        link.end(link.begin(now), MB, now + 1)
+    assert link.capacity == pytest.approx(link.throughput)
+
+
 def test_a_transfer_given_up_counts_against_the_link():
     link = Link()
     link.end(link.begin(0.0), MB, 1.0)

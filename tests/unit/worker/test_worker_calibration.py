@@ -5,12 +5,14 @@ import pytest
 from rich.progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kvmesh.engine.build import build_runner
+from kvmesh.engine.sensitivity import Sensitivity
 from kvmesh.errors import InvalidArgument
+from kvmesh.kv import bitstream
 from kvmesh.kv.codecs import profile as profiles
 from kvmesh.kv.codecs.cachegen import CacheGen
 from kvmesh.kv.codecs.calibration import LEVELS
-from kvmesh.worker.calibration import compute, contexts, make_profile, save
+from kvmesh.kv.codecs.transform import Transform
+from kvmesh.worker.calibration import contexts, make_profile, save, with_copy
 from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 TOKENS = 64
@@ -56,13 +58,22 @@ def test_a_profile_of_a_real_engine_codes_its_kv(folder, texts, tmp_path):
     read = profiles.read(tmp_path / "p.kvp")
     assert (read.hash, len(read.levels)) == (profile.hash, len(LEVELS))
     assert read.revision.hex() == folder.revision
-    data = compute(build_runner(folder, "float32", blocks=TOKENS // 16), passages[5]).astype(np.float32)
+    data, _ = Sensitivity(folder).compute(passages[5])
     errors, sizes = [], []
     for level in range(1, len(LEVELS) + 1):
         codec = CacheGen(read, level)
-        payload = codec.encode(data, 0)
-        errors.append(np.abs(codec.decode(memoryview(payload), data.shape, data.dtype, 0) - data).max())
+        payload = codec.encode(data, 0)[0]
+        errors.append(np.abs(codec.decode([memoryview(payload)], data.shape, data.dtype, 0) - data).max())
         sizes.append(len(payload))
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)
     assert sizes[-1] < data.size
+    transform = Transform(read)
+    stream = bitstream.encode(data, "float32", 0, transform)
+    ends = bitstream.read_header(stream).layer_ends
+    errors = [np.square(bitstream.decode(stream[:end], transform).data - data).mean() for end in ends]
+    assert errors[-1] < min(errors[0], 0.05 * data.var())
+
+
+def test_a_quarter_of_a_passage_repeats_an_earlier_one():
+    assert with_copy(range(8), 1) == [0, 1, 2, 3, 4, 5, 1, 2]

@@ -9,19 +9,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvmesh.engine.api import KvLayout
+from kvmesh.engine.attention.agreement import BLOCKS, largest_error
 from kvmesh.engine.attention.cpu import CpuAttention
-from kvmesh.engine.attention.interface import Attention, Segment
+from kvmesh.engine.attention.flashinfer_api import FlashInfer, import_flashinfer
+from kvmesh.engine.attention.flashinfer_choice import checked_flashinfer
+from kvmesh.engine.attention.interface import Attention, BackEnd
 from kvmesh.engine.attention.native import SHARING, Kernel, NativeAttention, PackedPool, supports
 from kvmesh.engine.attention.native_build import CannotBuild, load_library
 from kvmesh.engine.attention.pool import KvPool, PagedKv
 from kvmesh.engine.attention.prefixes import Cost
-from kvmesh.engine.attention.reference import ReferenceAttention
 
 log = logging.getLogger(__name__)
-
-BackEnd = Callable[[KvLayout, int, Sequence[int | None]], tuple[PagedKv, Attention]]
-"""(layout, blocks, sliding window of each layer) -> a pool, and attention over it."""
-
 
 def torch_back_end(device: torch.device | str = "cpu") -> BackEnd:
     """The back end that runs wherever torch does."""
@@ -44,12 +42,20 @@ def native_back_end(kernel: Kernel, threads: int = 1, sharing: Cost | None = SHA
 
 
 def choose(
-    layout: KvLayout, device: torch.device | str, threads: int, library: Callable[[], ctypes.CDLL] = load_library
+    layout: KvLayout,
+    device: torch.device | str,
+    threads: int,
+    library: Callable[[], ctypes.CDLL] = load_library,
+    *,
+    heads: int = 0,
+    flashinfer: Callable[[], FlashInfer] = import_flashinfer,
 ) -> BackEnd:
-    """The best back end that works here. A kernel is taken only once it has agreed with the textbook."""
+    """The best back end that works here. A kernel is taken only once it has agreed with the textbook.
+
+    `heads`: query heads of the model, which FlashInfer wants to know.
+    """
     if torch.device(device).type != "cpu":
-        log.info("attention: torch on %s", device)
-        return torch_back_end(device)
+        return _choose_cuda(layout, device, heads, flashinfer)
     try:
         kernel = checked_kernel(layout, library)
     except CannotBuild as error:
@@ -57,6 +63,18 @@ def choose(
         return torch_back_end(device)
     log.info("attention: native kernel for %s, threads: %d", kernel.isa, threads)
     return native_back_end(kernel, threads)
+
+
+def _choose_cuda(
+    layout: KvLayout, device: torch.device | str, heads: int, flashinfer: Callable[[], FlashInfer]
+) -> BackEnd:
+    try:
+        back_end = checked_flashinfer(layout, heads or layout.kv_heads, device, flashinfer)
+    except CannotBuild as error:
+        log.warning("attention: torch on %s: %s", device, error)
+        return torch_back_end(device)
+    log.info("attention: FlashInfer on %s", device)
+    return back_end
 
 
 def checked_kernel(layout: KvLayout, library: Callable[[], ctypes.CDLL] = load_library) -> Kernel:
@@ -68,25 +86,8 @@ def checked_kernel(layout: KvLayout, library: Callable[[], ctypes.CDLL] = load_l
     if not supports(layout):
         raise CannotBuild(f"it does not take {layout.dtype} with heads of {layout.head_dim}")
     kernel = Kernel(library())
-    error = _error(kernel, KvLayout(1, 2, layout.head_dim, layout.dtype))
+    small = KvLayout(1, 2, layout.head_dim, layout.dtype)
+    error = largest_error(native_back_end(kernel)(small, BLOCKS, [None])[1], small, heads=6)
     if not error < (1e-4 if layout.dtype == "float32" else 5e-2):
         raise CannotBuild(f"its results are off by {error:.2g}")
     return kernel
-
-
-@torch.inference_mode()
-def _error(kernel: Kernel, layout: KvLayout) -> float:
-    """The largest difference from the textbook over a small mixed batch: a prompt, then a chunk and a decode."""
-    generator = torch.Generator().manual_seed(0)
-    back_ends = [native_back_end(kernel)(layout, 8, [None])[1], ReferenceAttention(KvPool(layout, 8), [None])]
-    differences = []
-    for segments in ([Segment(0, 37, [3, 1, 6]), Segment(0, 9, [5])], [Segment(37, 6, [3, 1, 6]), Segment(9, 1, [5])]):
-        tokens = sum(segment.tokens for segment in segments)
-        q, k, v = (torch.randn(tokens, heads, layout.head_dim, generator=generator) for heads in (6, 2, 2))
-        outputs = []
-        for attention in back_ends:
-            attention.plan(segments)
-            dtype = getattr(torch, layout.dtype)
-            outputs.append(attention.run(0, q.to(dtype), k.to(dtype), v.to(dtype)).float())
-        differences.append((outputs[0] - outputs[1]).abs().max().item())
-    return max(differences)

@@ -5,11 +5,14 @@ Sequences lie one after the other in flattened tensors; no back end pads one to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from kvmesh.engine.api import KvLayout
+from kvmesh.engine.attention.pool import PagedKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +40,7 @@ class Attention(Protocol):
         `q` and what is returned are `[tokens, heads, head_dim]`. Scores are scaled by 1 / sqrt(head_dim). A pool of one
         plane keeps `k` alone, and `v` is to be the same: values are read out of keys.
         """
+
+
+BackEnd = Callable[[KvLayout, int, Sequence[int | None]], tuple[PagedKv, Attention]]
+"""(layout, blocks, sliding window of each layer) -> a pool, and attention over it."""

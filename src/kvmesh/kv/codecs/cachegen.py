@@ -17,6 +17,7 @@ output (StreamingLLM, arXiv 2309.17453). They stay in half precision; coded like
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class CacheGen:
     def namespace(self) -> str:
         return f"cachegen/{VERSION}:{self.level}:{self.profile.hash.hex()}"
 
-    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> bytes:
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> tuple[bytes]:
         layers, planes, tokens, heads, dim = data.shape
         if problem := self._problem(data.shape, first_layer):
             raise ValueError(problem)
@@ -65,9 +66,10 @@ class CacheGen:
         exact = from_float32(values[:, :sinks], _SINK).tobytes()
         anchors, body = _encode(self._layers(first_layer, layers), np.ascontiguousarray(values[:, sinks:]))
         head = _HEAD.pack(VERSION, self.level, sinks, 0, len(anchors), self.profile.hash[:_NAME_BYTES])
-        return b"".join((head, exact, anchors, body))
+        return (b"".join((head, exact, anchors, body)),)
 
-    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+    def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+        payload = parts[0]
         layers, planes, tokens, heads, dim = shape
         sinks, size = self._read_head(payload)
         if problem := self._problem(shape, first_layer):

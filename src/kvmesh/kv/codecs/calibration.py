@@ -115,7 +115,7 @@ def _differences(text: Array, means: Floats, steps: Floats, group: int) -> Float
 
 def _learn(texts: Sequence[Array], means: Floats, steps: Floats, symbols: int, classes: int) -> Quantiser:
     histograms = _histograms(texts, means, steps, symbols)
-    members, weights = _cluster(histograms, classes)
+    members, weights = cluster(histograms, classes)
     tables = rans.Tables(rans.quantise(weights))
     return Quantiser(means, steps, members.reshape(means.shape).astype("<u2"), tables)
 
@@ -134,7 +134,7 @@ def _histograms(texts: Sequence[Array], means: Floats, steps: Floats, symbols: i
     return counts.reshape(blocks * columns, symbols).astype(np.float64)
 
 
-def _cluster(histograms: Array, classes: int) -> tuple[Array, Array]:
+def cluster(histograms: Array, classes: int) -> tuple[Array, Array]:
     """The class of each channel and the weights of each class: Lloyd's rounds under the cost in bits."""
     totals = histograms.sum(axis=1, keepdims=True)
     shares = histograms / np.maximum(totals, 1)

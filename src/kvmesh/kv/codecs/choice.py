@@ -1,4 +1,6 @@
-"""From a setting to a codec: `raw`, `int8`, `fp8`, `cachegen` or `cachegen:LEVEL`, and where its profile lies.
+"""From a setting to a codec: a name of PLAIN, or one of LEVELLED with or without `:LEVEL`; and where its profile lies.
+
+`adaptive` is raw or a lossy codec, chunk by chunk; `auto` is adaptive where there is a profile, else raw.
 
 What is wrong with a setting or a profile is said here, before anything is served. Compiles what the codec will need, so
 call it where a wait is welcome.
@@ -6,36 +8,52 @@ call it where a wait is welcome.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from kvmesh.errors import InvalidArgument, NotFound, Unavailable
-from kvmesh.kv.codec import Codec, Raw
+from kvmesh.kv.codec import CACHEGEN, INT8, TRANSFORM, Codec, Raw
 from kvmesh.kv.codecs import profile as profiles
+from kvmesh.kv.codecs.adaptive import Adaptive, Later
 from kvmesh.kv.codecs.cachegen import DEFAULT_LEVEL, CacheGen
 from kvmesh.kv.codecs.fp8 import Fp8
 from kvmesh.kv.codecs.int8 import Int8
+from kvmesh.kv.codecs.lossless import Lossless
 from kvmesh.kv.codecs.profile import Profile
+from kvmesh.kv.codecs.transform import Transform
 
-NAMES = ("raw", "int8", "fp8", "cachegen")
+PLAIN: Mapping[str, Callable[[], Codec]] = MappingProxyType(
+    {"raw": Raw, "int8": Int8, "fp8": Fp8, "lossless": Lossless}
+)
+"""Those that know no model."""
+LEVELLED: Mapping[str, Callable[[Profile, int | None], Codec]] = MappingProxyType(
+    {"cachegen": lambda profile, level: CacheGen(profile, level or DEFAULT_LEVEL), "transform": Transform}
+)
+"""Those that need a profile, and have levels."""
+CHOOSING = ("adaptive", "auto")
 PROFILE_NAME = "kvmesh-profile.kvp"
 """Of a profile in its model's folder."""
 
 
 def parse(setting: str) -> tuple[str, int | None]:
-    """Name and level of a codec; the level of `cachegen` alone is its default, of others None.
+    """Name and level of a codec; None is its default level, or none at all.
 
     Raises:
         InvalidArgument: there is no such codec.
     """
     name, colon, level = setting.partition(":")
-    if name == "cachegen" and (not colon or (level.isascii() and level.isdigit() and int(level) > 0)):
-        return name, int(level or DEFAULT_LEVEL)
-    if name not in NAMES or colon:
-        raise InvalidArgument(f"the codec {setting!r} is not raw, int8, fp8, cachegen or cachegen:LEVEL")
+    if name in LEVELLED and not colon:
+        return name, None
+    if name in LEVELLED and level.isascii() and level.isdigit() and int(level) > 0:
+        return name, int(level)
+    if name not in (*PLAIN, *CHOOSING) or colon:
+        names = ", ".join((*PLAIN, *CHOOSING, *LEVELLED, *(f"{name}:LEVEL" for name in LEVELLED)))
+        raise InvalidArgument(f"the codec {setting!r} is none of {names}")
     return name, None
 
 
@@ -48,24 +66,33 @@ def check_setting(setting: str) -> str:
     return setting
 
 
-def open_codec(setting: str, shape: Sequence[int], profile: Profile | None = None) -> Codec:
-    """The codec, ready to be used without further delay, for KV of (layers, planes, kv_heads, head_dim) `shape`.
+def open_codec(setting: str, shape: Sequence[int], profile: Profile | None = None, *, warm: bool = True) -> Codec:
+    """The codec for KV of (layers, planes, kv_heads, head_dim) `shape`; if `warm`, ready without further delay.
+
+    Not `warm`, only an adaptive one starts sooner: its members are made when they are first used.
 
     Raises:
         InvalidArgument: no such codec or level, or a profile made for KV of another shape.
         NotFound: it needs a profile and there is none.
         Unavailable: numba is not installed.
     """
+    if setting == "auto":
+        usable = profile is not None and profile.shape == tuple(shape)
+        return open_codec("adaptive", shape, profile, warm=warm) if usable else Raw()
+    if setting == "adaptive":
+        lossy = (INT8, CACHEGEN, TRANSFORM) if profile and profile.transform else (INT8, CACHEGEN)
+        makers = [(format, partial(open_codec, format.name, shape, profile)) for format in lossy]
+        members = [make() if warm else Later(format, format.name, make) for format, make in makers]
+        return Adaptive((Raw(), *members), profile.hash.hex() if profile else "")
     name, level = parse(setting)
-    plain: dict[str, Codec] = {"raw": Raw(), "int8": Int8(), "fp8": Fp8()}
-    if level is None:
-        return plain[name]
+    if name in PLAIN:
+        return PLAIN[name]()
     if profile is None:
         raise NotFound(f"the codec {setting} needs a profile of this model: `kvmesh kv calibrate` makes one")
     if profile.shape != tuple(shape):
         raise InvalidArgument(f"the codec profile is of KV of shape {profile.shape}, the model's is {tuple(shape)}")
-    codec = CacheGen(profile, level)
-    _warm_up(codec)
+    codec = LEVELLED[name](profile, level)
+    _warm_up(codec, profile)
     return codec
 
 
@@ -85,11 +112,11 @@ def find_profile(path: Path | None, folder: Path, name: str) -> Profile | None:
     return profiles.parse(shipped.read_bytes()) if shipped.is_file() else None
 
 
-def _warm_up(codec: CacheGen) -> None:
-    layers, planes, heads, dim = codec.profile.shape
+def _warm_up(codec: Codec, profile: Profile) -> None:
+    layers, planes, heads, dim = profile.shape
     shape = (layers, planes, 16, heads, dim)
     try:
-        payload = codec.encode(np.zeros(shape, "<f4"), 0)
-        codec.decode(memoryview(payload), shape, np.dtype("<f4"), 0)
+        parts = codec.encode(np.zeros(shape, "<f4"), 0)
+        codec.decode([memoryview(part) for part in parts], shape, np.dtype("<f4"), 0)
     except ModuleNotFoundError as error:
-        raise Unavailable(f"cachegen needs the package {error.name!r}: pip install 'kvmesh[decode]'") from error
+        raise Unavailable(f"the codec needs the package {error.name!r}: pip install 'kvmesh[decode]'") from error

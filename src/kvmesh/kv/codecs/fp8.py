@@ -9,6 +9,7 @@ number. Knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,18 +31,18 @@ class Fp8:
     format: Format = FP8
     namespace: str = "fp8-e4m3/1"
 
-    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> bytes:
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> tuple[bytes]:
         values = to_float32(data)
         peaks = np.abs(values).max(axis=(2, 4), keepdims=True)
         scales = np.maximum(peaks / LARGEST, _TINY).astype(_SCALE)
         halves = (values / scales).astype(np.float16).view(np.uint16)
-        return b"".join((scales.tobytes(), _nearest()[halves].tobytes()))
+        return (b"".join((scales.tobytes(), _nearest()[halves].tobytes())),)
 
-    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+    def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
         layers, planes, _, heads, _ = shape
         count = layers * planes * heads
-        scales = np.frombuffer(payload, _SCALE, count).reshape(layers, planes, 1, heads, 1)
-        codes = np.frombuffer(payload, np.uint8, offset=count * _SCALE.itemsize).reshape(shape)
+        scales = np.frombuffer(parts[0], _SCALE, count).reshape(layers, planes, 1, heads, 1)
+        codes = np.frombuffer(parts[0], np.uint8, offset=count * _SCALE.itemsize).reshape(shape)
         if not (np.abs(scales) <= _LARGEST_SCALE).all() or (codes & 0x7F == 0x7F).any():
             raise CorruptChunk("a scale or value is not a number")
         return from_float32(numbers()[codes] * scales, dtype)

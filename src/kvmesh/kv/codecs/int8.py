@@ -8,6 +8,7 @@ Per channel, because a few channels of K are large in every token (KIVI, arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Int8:
     format: Format = INT8
     namespace: str = "int8/1"
 
-    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> bytes:
+    def encode(self, data: KvArray, first_layer: int, start: int = 0) -> tuple[bytes]:
         layers, planes, tokens, heads, dim = data.shape
         values = to_float32(data).reshape(layers, planes, tokens, heads * dim)
         starts = np.arange(0, tokens, INT8_GROUP)
@@ -33,16 +34,16 @@ class Int8:
         # Rounded up, so that no value leaves the range.
         scales = np.clip(peaks / 127 * (1 + 2**-10), 2**-24, _LARGEST).astype(_SCALE)
         levels = np.clip(np.rint(values / _spread(scales, tokens)), -127, 127).astype(np.int8)
-        return b"".join((scales.tobytes(), levels.tobytes()))
+        return (b"".join((scales.tobytes(), levels.tobytes())),)
 
-    def decode(self, payload: memoryview, shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+    def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
         layers, planes, tokens, heads, dim = shape
         groups, channels = -(-tokens // INT8_GROUP), heads * dim
         count = layers * planes * groups * channels
-        scales = np.frombuffer(payload, _SCALE, count).reshape(layers, planes, groups, channels)
+        scales = np.frombuffer(parts[0], _SCALE, count).reshape(layers, planes, groups, channels)
         if not np.isfinite(scales).all():
             raise CorruptChunk("a scale is not finite")
-        levels = np.frombuffer(payload, np.int8, offset=count * _SCALE.itemsize)
+        levels = np.frombuffer(parts[0], np.int8, offset=count * _SCALE.itemsize)
         values = levels.reshape(layers, planes, tokens, channels) * _spread(scales, tokens)
         return from_float32(values, dtype).reshape(shape)
 

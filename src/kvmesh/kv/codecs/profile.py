@@ -7,6 +7,7 @@
     10  2   planes (K, V)                 the body's
     12  2   kv_heads                      a part: classes uint16, symbols uint16, steps float32 [blocks],
     14  2   head_dim                      class uint8 [blocks, columns], frequencies uint16 [classes, symbols]
+                                          then, if there are bytes left, what `transform_profile` reads
 
 blocks = layers * planes, columns = kv_heads * head_dim. The hash at the end names the profile: chunks carry it, and so
 does the namespace. A file is untrusted until it has been read to its end. Knows no chunk.
@@ -19,24 +20,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv.codecs.floats import Floats
 from kvmesh.kv.codecs.quantiser import Quantiser
 from kvmesh.kv.codecs.rans import Tables
+from kvmesh.kv.codecs.reader import Reader, pair
+from kvmesh.kv.codecs.transform_profile import TransformProfile
+from kvmesh.kv.codecs.transform_profile import read as read_transform
 
-VERSION = 1
-MAX_BYTES = 64 << 20
+VERSION = 2
+MAX_BYTES = 256 << 20
 MAX_LEVELS = 32
 HASH_BYTES = 32
 
 _MAGIC = b"KVMP"
 _HEAD = struct.Struct("<4s6H32s")
-_PAIR = struct.Struct("<2H")
 _ROOM = 1 << 24
 """Blocks times columns at most: the KV elements of one token."""
 
@@ -58,6 +59,7 @@ class Profile:
     revision: bytes
     means: Floats
     levels: tuple[Level, ...]
+    transform: TransformProfile | None = None
 
     @property
     def blocks(self) -> int:
@@ -71,7 +73,8 @@ class Profile:
     def data(self) -> bytes:
         """The file."""
         head = _HEAD.pack(_MAGIC, VERSION, len(self.levels), *self.shape, self.revision)
-        content = b"".join((head, self.means.astype("<f2").tobytes(), *map(_level_bytes, self.levels)))
+        transform = self.transform.data if self.transform else b""
+        content = b"".join((head, self.means.astype("<f2").tobytes(), *map(_level_bytes, self.levels), transform))
         return content + sha256(content).digest()
 
     @property
@@ -100,63 +103,47 @@ def parse(data: bytes) -> Profile:
     if sha256(content).digest() != digest:
         raise InvalidArgument("the codec profile is damaged: its hash does not hold")
     try:
-        return _Reader(content, shape).profile(count, revision)
+        layers, planes, heads, dim = shape
+        return _profile(Reader(content, _HEAD.size), (layers, planes, heads, dim), count, revision)
     except (ValueError, struct.error) as error:
         raise InvalidArgument(f"the codec profile is not usable: {error}") from error
 
 
-class _Reader:
-    """Reads front to back; numpy refuses what is not there, so no length is believed."""
+def _profile(reader: Reader, shape: tuple[int, int, int, int], levels: int, revision: bytes) -> Profile:
+    blocks, columns = shape[0] * shape[1], shape[2] * shape[3]
+    if not 0 < blocks * columns <= _ROOM:
+        raise ValueError(f"impossible shape {shape}")
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"{levels} levels")
+    means = reader.array("<f2", blocks, columns).astype(np.float32)
+    read_levels = tuple(_level(reader, means) for _ in range(levels))
+    transform = None if reader.done else read_transform(reader, shape)
+    if not reader.done:
+        raise ValueError("there are bytes beyond the end")
+    return Profile(shape, revision, means, read_levels, transform)
 
-    def __init__(self, content: bytes, shape: list[int]) -> None:
-        layers, planes, heads, dim = shape
-        self._content = content
-        self._offset = _HEAD.size
-        self._shape = (layers, planes, heads, dim)
-        self._blocks, self._columns = layers * planes, heads * dim
-        if not 0 < self._blocks * self._columns <= _ROOM:
-            raise ValueError(f"impossible shape {self._shape}")
 
-    def profile(self, levels: int, revision: bytes) -> Profile:
-        means = self._array("<f2", self._blocks, self._columns).astype(np.float32)
-        if not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"{levels} levels")
-        profile = Profile(self._shape, revision, means, tuple(self._level(means) for _ in range(levels)))
-        if self._offset != len(self._content):
-            raise ValueError("there are bytes beyond the last level")
-        return profile
+def _level(reader: Reader, means: Floats) -> Level:
+    group, parts = reader.pair()
+    if group == 1 or parts != (2 if group else 1):
+        raise ValueError(f"{parts} parts in groups of {group}")
+    if not group:
+        return Level(0, None, _part(reader, means))
+    return Level(group, _part(reader, means), _part(reader, np.zeros_like(means)))
 
-    def _level(self, means: Floats) -> Level:
-        group, parts = self._pair()
-        if group == 1 or parts != (2 if group else 1):
-            raise ValueError(f"{parts} parts in groups of {group}")
-        if not group:
-            return Level(0, None, self._part(means))
-        return Level(group, self._part(means), self._part(np.zeros_like(means)))
 
-    def _part(self, means: Floats) -> Quantiser:
-        classes, symbols = self._pair()
-        steps = self._array("<f4", self._blocks)
-        members = self._array("u1", self._blocks, self._columns).astype("<u2")
-        return Quantiser(means, steps, members, Tables(self._array("<u2", classes, symbols)))
-
-    def _pair(self) -> tuple[int, int]:
-        first, second = _PAIR.unpack_from(self._content, self._offset)
-        self._offset += _PAIR.size
-        return first, second
-
-    def _array(self, dtype: str, *shape: int) -> npt.NDArray[Any]:
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(self._content, dtype, count, self._offset).reshape(shape)
-        self._offset += array.nbytes
-        return array
+def _part(reader: Reader, means: Floats) -> Quantiser:
+    classes, symbols = reader.pair()
+    steps = reader.array("<f4", len(means))
+    members = reader.array("u1", *means.shape).astype("<u2")
+    return Quantiser(means, steps, members, Tables(reader.array("<u2", classes, symbols)))
 
 
 def _level_bytes(level: Level) -> bytes:
     parts = [part for part in (level.anchors, level.body) if part]
-    return _PAIR.pack(level.group, len(parts)) + b"".join(map(_part_bytes, parts))
+    return pair(level.group, len(parts)) + b"".join(map(_part_bytes, parts))
 
 
 def _part_bytes(part: Quantiser) -> bytes:
     arrays = (part.steps.astype("<f4"), part.classes.astype("u1"), part.tables.frequencies)
-    return _PAIR.pack(part.tables.classes, part.tables.symbols) + b"".join(array.tobytes() for array in arrays)
+    return pair(part.tables.classes, part.tables.symbols) + b"".join(array.tobytes() for array in arrays)

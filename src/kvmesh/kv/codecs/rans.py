@@ -27,6 +27,8 @@ BITS = 12
 TOTAL = 1 << BITS
 """Frequencies of a distribution add up to this."""
 STATE_BYTES = 16
+OVERRUN = 4
+"""Words that a decoder may read beyond the end before it notices."""
 MAX_SYMBOLS = 256
 MAX_CLASSES = 1024
 
@@ -128,18 +130,24 @@ def decode(payload: Buffer, shape: tuple[int, int, int], classes: Array, tables:
     from kvmesh.kv.codecs import rans_kernels as kernels
 
     _check(shape, classes, tables)
+    states, words = split(payload)
+    symbols = np.empty(shape, np.uint8)
+    if not kernels.decode(words, len(words) - OVERRUN, states, classes, tables.decoding, symbols):
+        raise CorruptChunk("the rANS string does not end where its symbols do")
+    return symbols
+
+
+def split(payload: Buffer) -> tuple[Array, Array]:
+    """States and words of a string, with OVERRUN words of 0 behind them; raises CorruptChunk."""
     size = len(payload) - STATE_BYTES
     if size < 0 or size % 2:
         raise CorruptChunk(f"{len(payload)} bytes are not a rANS string")
     states = np.frombuffer(payload, "<u4", 4)
     if (states < _LOW).any():
         raise CorruptChunk("a rANS state is out of range")
-    words = np.zeros(size // 2 + 4, "<u2")
-    words[:-4] = np.frombuffer(payload, "<u2", offset=STATE_BYTES)
-    symbols = np.empty(shape, np.uint8)
-    if not kernels.decode(words, size // 2, states, classes, tables.decoding, symbols):
-        raise CorruptChunk("the rANS string does not end where its symbols do")
-    return symbols
+    words = np.zeros(size // 2 + OVERRUN, "<u2")
+    words[:-OVERRUN] = np.frombuffer(payload, "<u2", offset=STATE_BYTES)
+    return states, words
 
 
 def _check(shape: tuple[int, ...], classes: Array, tables: Tables) -> None:
