@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,6 +60,9 @@ class NoModel:
 
     def read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> KvArray:
         return np.zeros(self.layout.chunk_shape(tokens), np.float16)
+
+    def begin_read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> Callable[[], KvArray]:
+        return lambda: self.read_kv(block_ids, start, tokens)
 
     def write_kv(self, block_ids: Sequence[int], start: int, data: KvArray) -> None:
         pass

@@ -8,7 +8,7 @@ shows in the tokens, and scheduler, pool, transfer and services are tested witho
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,10 @@ class FakeRunner:
     def read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> KvArray:
         flat = self._kv[np.asarray(block_ids)].reshape(-1, 2, 2, 1, 4)[start : start + tokens]
         return np.ascontiguousarray(flat.transpose(1, 2, 0, 3, 4))
+
+    def begin_read_kv(self, block_ids: Sequence[int], start: int, tokens: int) -> Callable[[], KvArray]:
+        data = self.read_kv(block_ids, start, tokens)
+        return lambda: data
 
     def write_kv(self, block_ids: Sequence[int], start: int, data: KvArray) -> None:
         positions = np.arange(start, start + data.shape[2])

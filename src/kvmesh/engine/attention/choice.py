@@ -21,6 +21,7 @@ from kvmesh.engine.attention.prefixes import Cost
 
 log = logging.getLogger(__name__)
 
+
 def torch_back_end(device: torch.device | str = "cpu") -> BackEnd:
     """The back end that runs wherever torch does."""
 
