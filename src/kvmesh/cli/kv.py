@@ -27,7 +27,7 @@ def calibrate(
         bool, typer.Option("--ablations", help="Add levels that show what each part is worth.")
     ] = False,
 ) -> None:
-    """Make the profile that the codecs cachegen and transform need: how the KV of a model is distributed, and matters."""
+    """Make the profile that cachegen and transform need: how the KV of a model is distributed, and what matters in it."""
     if model == FAKE_MODEL:
         raise InvalidArgument("the fake model's KV is noise: there is nothing to learn")
     fetch(model)
