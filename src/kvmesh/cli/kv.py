@@ -27,7 +27,7 @@ def calibrate(
         bool, typer.Option("--ablations", help="Add levels that show what each part is worth.")
     ] = False,
 ) -> None:
-    """Make the profile that cachegen and transform need: how the KV of a model is distributed, and what matters in it."""
+    """Make the profile that cachegen and transform need: how a model's KV is distributed, and what of it matters."""
     if model == FAKE_MODEL:
         raise InvalidArgument("the fake model's KV is noise: there is nothing to learn")
     fetch(model)

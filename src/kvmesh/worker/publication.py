@@ -107,7 +107,9 @@ class Publication:
             if index > self._failed:
                 return False
             chunk = self._ticket.chunks[index]
-            bits = await self._encode(chunk, ready.data)
+            # It may still be on its way from a device, and the event loop does not wait.
+            data = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: ready.data)
+            bits = await self._encode(chunk, data)
             done = await self._send(index, bits)
             self._failed = self._failed if done else min(self._failed, index)
             if done:
