@@ -4,8 +4,8 @@
                         [--prefix 1024 4096 16384] [--shared-batch 16 64 256] [--aot FOLDER] [--save FOLDER]
                         [--json FILE]
 
-check         each path of the back end: seconds until its first result (what FlashInfer compiles, once) and its largest
-              difference from the textbook; captured steps against plain ones; KV out and in through pinned memory
+check         builds FlashInfer's libraries, side by side, once; each path's largest difference from the textbook;
+              captured steps against plain ones; KV out and in through pinned memory
 decode        one step of a model of Llama-3-8B's shape, beside the time that reading weights and KV takes at the copy
               rate measured here
 prefill       a prompt in one chunk, beside the time that its products take at the matrix rate measured here
@@ -14,15 +14,14 @@ transformers  decode steps of its `generate` on the same shape
 
 Weights are random, sampling is greedy, and times are wall time of whole steps, sampling included: medians. A section
 begins no case after --seconds, and says what it left out. --aot: libraries built ahead, as FOLDER/VERSION/NAME/NAME.so
-for this very version of FlashInfer; --save: where to put those that were compiled here. No device: no figures.
+for this very version of FlashInfer (bench/gpu_libraries.py makes them, without a device); --save: where to put those
+that were compiled here. No device: no figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_libraries import SETS, build, keep, take
 from gpu_limits import (
     LLAMA_3_8B,
     copy_rate,
@@ -124,7 +124,6 @@ class Way:
 WAYS = (
     Way("GQA 32/8, d 128, shared", KvLayout(1, 8, 128, "bfloat16"), 32),
     Way("GQA 9/3, d 64, shared", KvLayout(1, 3, 64, "bfloat16"), 9),
-    Way("float16", KvLayout(1, 8, 128, "float16"), 32, tolerance=0.01),
     Way("window 9", KvLayout(1, 8, 128, "bfloat16"), 32, window=9),
     Way("float8 KV", KvLayout(1, 8, 128, "bfloat16"), 32, stored=torch.float8_e4m3fn, tolerance=0.3),
     Way("latent 512 + 64", KvLayout(1, 1, 576, "bfloat16", planes=1), 16),
@@ -132,12 +131,18 @@ WAYS = (
 
 
 def check(bench: Bench) -> Rows:
-    rows: Rows = []
+    rows: Rows = [{"path": "libraries", **outcome(_built, 1.0)}]
     for way in bench.within_time(WAYS, rows):
         rows.append({"path": way.name, **outcome(partial(way.error, bench), way.tolerance)})
     rows.append({"path": "captured steps", **outcome(partial(_captured_error, bench), 0.05)})
     rows.append({"path": "KV out and in", **outcome(partial(_moved_error, bench), 1e-9)})
     return rows
+
+
+def _built() -> float:
+    """It builds or it fails: there is nothing to compare."""
+    build(SETS)
+    return 0.0
 
 
 def outcome(error: Callable[[], float], tolerance: float) -> dict[str, Any]:
@@ -292,21 +297,6 @@ def show(name: str, rows: Rows) -> None:
     Console(width=140).print(table)
 
 
-def libraries(flashinfer: Any, aot: Path | None, save: Path | None) -> None:
-    """Takes libraries built ahead, and keeps those that were compiled."""
-    env = importlib.import_module("flashinfer.jit.env")
-    version = flashinfer.__version__
-    if aot is not None:
-        if not (aot / version).is_dir():
-            raise SystemExit(f"{aot} holds no libraries of FlashInfer {version}")
-        shutil.copytree(aot / version, env.FLASHINFER_AOT_DIR, dirs_exist_ok=True)
-    if save is not None:
-        for library in env.FLASHINFER_JIT_DIR.glob("*/*.so"):
-            target = save / version / library.parent.name / library.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(library, target)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -324,7 +314,8 @@ def main() -> None:
         flashinfer = import_flashinfer()
     except CannotBuild as error:
         raise SystemExit(f"bench/gpu.py needs kvmesh[gpu]: {error}") from None
-    libraries(flashinfer, arguments.aot, None)
+    if arguments.aot:
+        take(flashinfer, arguments.aot)
     bench = Bench("cuda", flashinfer, arguments.seconds, arguments)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -335,7 +326,8 @@ def main() -> None:
         with torch.inference_mode():
             report[name] = SECTIONS[name](bench)
         show(f"{name}, {report['device']}", report[name])
-        libraries(flashinfer, None, arguments.save)
+        if arguments.save:
+            keep(flashinfer, arguments.save)
         if arguments.json:  # After each section: a run that is cut short has said something.
             arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -172,7 +172,7 @@ def figure9(time_limit: float, progress: Progress) -> list[Replanning]:
         ]
         plan, _ = arrange("thunderserve", wanted, time_limit)
         for change, now, anew, gone in progress.track(changes, description=f"9: {name}"):
-            light = replan(now, plan.groups, gone, clock=time.process_time)
+            light = replan(now, plan.groups, gone, clock=time.process_time, standby=plan.standby)
             full, _ = arrange("thunderserve", anew, time_limit)
             best = full.expected.goodput if full.expected else 0.0
             value = light.value, best, light.value / best

@@ -50,7 +50,7 @@ CodecOption = Annotated[
 ]
 QualityOption = Annotated[
     int | None,
-    typer.Option("--quality", min=1, help="The coarsest KV to fetch over a slow link, in quality layers. Default: 3."),
+    typer.Option("--quality", min=1, help="The coarsest KV to fetch over a slow link, in quality layers. Default: 2."),
 ]
 TtftSloOption = Annotated[
     float | None,

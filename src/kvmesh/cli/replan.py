@@ -37,7 +37,8 @@ def replan(
     before = _task(old.inputs)
     wanted = applied(before, now)
     gone = host_numbers(wanted.cluster, [*now.lost, *(lost or [])])
-    found = replanning.replan(wanted, old.placed(wanted.cluster), gone, time_limit)
+    groups, standby = old.placed(wanted.cluster), old.waiting(wanted.cluster)
+    found = replanning.replan(wanted, groups, gone, time_limit, standby=standby)
     document = replanning.document(wanted, found)
     _print(wanted, document, found)
     if json:

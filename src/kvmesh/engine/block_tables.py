@@ -44,6 +44,8 @@ class BlockTables:
         if sequence.saved and sequence.saved.tokens > sequence.computed:
             iteration.restores.append((sequence, sequence.computed))
             sequence.computed = sequence.saved.tokens
+        else:
+            self.restored(sequence)
 
     def _make_room(self, sequence: Sequence, tokens: int, iteration: Iteration) -> bool:
         """Sees that the next tokens have blocks of their own; False if the sequence itself had to give way."""

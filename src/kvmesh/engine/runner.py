@@ -61,6 +61,10 @@ class TorchRunner:
         self._pool.copy(batch.copies)
         logits = self._logits(batch.rows)
         draws = [draw for row in batch.rows for draw in row.draws]
+        if not draws and self._model.device.type == "cuda":
+            # Drawing waits for the device. Without it too a step is over when it returns: the next one writes to the
+            # pinned memory that this one was planned in, and whoever measures it means the whole of it.
+            torch.cuda.current_stream().synchronize()
         sampled = iter(self._sample(logits, draws) if draws else ())
         return [[next(sampled) for _ in row.draws] for row in batch.rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,18 +55,27 @@ class PlanPart(Part):
     algorithm: str
     inputs: InputsPart
     groups: Annotated[list[GroupPart], Field(min_length=1)]
+    standby: list[GroupPart] = []
     routes: list[RoutePart] = []
 
     def placed(self, cluster: Cluster) -> tuple[Group, ...]:
         """Raises InvalidArgument for hosts that the cluster does not have."""
-        numbers = {host.name: number for number, host in enumerate(cluster.hosts)}
-        unknown = sorted({shard.host for group in self.groups for shard in group.shards} - set(numbers))
-        if unknown:
-            raise InvalidArgument(f"the plan places layers on {unknown[0]}, which is no host of {cluster.name}")
-        return tuple(
-            Group(group.phase, tuple(Shard(numbers[s.host], tuple(s.accelerators), s.layers) for s in group.shards))
-            for group in self.groups
-        )
+        return _placed(self.groups, cluster)
+
+    def waiting(self, cluster: Cluster) -> tuple[Group, ...]:
+        """The groups on standby. Raises as `placed`."""
+        return _placed(self.standby, cluster)
+
+
+def _placed(groups: Sequence[GroupPart], cluster: Cluster) -> tuple[Group, ...]:
+    numbers = {host.name: number for number, host in enumerate(cluster.hosts)}
+    unknown = sorted({shard.host for group in groups for shard in group.shards} - set(numbers))
+    if unknown:
+        raise InvalidArgument(f"the plan places layers on {unknown[0]}, which is no host of {cluster.name}")
+    return tuple(
+        Group(group.phase, tuple(Shard(numbers[s.host], tuple(s.accelerators), s.layers) for s in group.shards))
+        for group in groups
+    )
 
 
 def read_plan(path: Path) -> PlanPart:

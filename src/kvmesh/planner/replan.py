@@ -16,8 +16,9 @@ from itertools import chain, combinations, permutations, product
 from typing import Any
 
 from kvmesh.planner.algorithms.thunderserve import arithmetic
-from kvmesh.planner.groups.outcome import node_names
+from kvmesh.planner.groups.outcome import goodput, node_names
 from kvmesh.planner.groups.parts import assignments
+from kvmesh.planner.groups.pools import parted, pooled
 from kvmesh.planner.groups.routing import Estimator, Routing
 from kvmesh.planner.groups.timing import cut
 from kvmesh.planner.groups.worth import Worth, worth
@@ -27,14 +28,15 @@ from kvmesh.planner.world import Group, Phase, Shard
 PAIRS_UP_TO = 12
 """Groups up to which two are flipped at once, united, or exchange hosts."""
 MARGIN = 1e-3
+STANDBY = "standby"
 
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """A worker's change of part: the shards of one group change together."""
+    """A worker's change of part: the shards of one group change together. None before: it was on standby."""
 
     shard: Shard
-    before: Phase
+    before: Phase | None
     after: Phase
 
 
@@ -57,24 +59,49 @@ def replan(
     lost: Collection[int] = (),
     deadline: float = 0.8,
     clock: Callable[[], float] = time.monotonic,
+    standby: Sequence[Group] = (),
 ) -> Replanned:
-    """`task` as it is now; `groups` as they were planned; `lost` hosts by number. Ends after `deadline` seconds of the
-    clock with the best found so far."""
+    """`task` as it is now; `groups` as they were planned, `standby` those that were sent nothing; `lost` hosts by
+    number. Ends after `deadline` seconds of the clock with the best found so far."""
     started = clock()
     estimator = Estimator(task)
     planned = {shard: group.phase for group in groups for shard in group.shards}
+    waiting = {shard for group in standby for shard in group.shards}
     untouched = tuple(group for group in groups if not any(shard.host in lost for shard in group.shards))
-    before = worth(estimator, untouched)[1]
-    left = survivors(estimator, groups, lost)
-    alive = tuple(shard for shard in planned if shard.host not in lost)
-    anew = assignments(estimator, alive, started + deadline / 2, clock)
-    starts = [left, *(_kept_together(left, parts) for parts in anew)]
-    best = max(starts, key=lambda trial: worth(estimator, trial)[1])
-    best, routing = _climb(estimator, best, started + deadline, clock)
-    now = {shard: group.phase for group in best for shard in group.shards}
-    flips = tuple(Flip(shard, planned[shard], phase) for shard, phase in now.items() if planned[shard] is not phase)
+    before = measured(estimator, untouched)[1]
+    left = survivors(estimator, (*groups, *standby), lost)
+    alive = tuple(shard for shard in (*planned, *waiting) if shard.host not in lost)
+    best, routing = _climb(
+        estimator, _start(estimator, left, alive, started + deadline / 2, clock), started + deadline, clock
+    )
+    now = {shard: group.phase for i, group in enumerate(best) if routing.through(i) for shard in group.shards}
+    flips = tuple(
+        Flip(shard, planned.get(shard), phase) for shard, phase in now.items() if planned.get(shard) is not phase
+    )
     idle = tuple(shard for shard in planned if shard not in now and shard.host not in lost)
-    return Replanned(best, routing, flips, idle, before[0], worth(estimator, best)[1][0], clock() - started)
+    return Replanned(best, routing, flips, idle, before[0], measured(estimator, best)[1][0], clock() - started)
+
+
+def measured(estimator: Estimator, groups: Sequence[Group]) -> tuple[Routing, Worth]:
+    """The best routes and their worth; goodput as plans report it, at the loads that groups will see."""
+    routing, value = worth(estimator, groups)
+    seen = estimator.task.objective == "goodput"
+    return routing, (goodput(estimator, groups, routing), 0.0) if seen else value
+
+
+def _start(
+    estimator: Estimator, left: tuple[Group, ...], alive: Sequence[Shard], deadline: float, clock: Callable[[], float]
+) -> tuple[Group, ...]:
+    """The best of: the groups as they are, pools of them or of their parts, and all shards parted anew."""
+    sets = dict.fromkeys((left, parted(estimator.task, left)))
+    pools = chain.from_iterable(pooled(estimator, groups, lambda: clock() < deadline) for groups in sets)
+    again = (_kept_together(left, parts) for parts in assignments(estimator, alive, deadline, clock))
+    best, value = left, measured(estimator, left)[1]
+    for trial in chain(pools, again):
+        best, value = max((best, value), (trial, measured(estimator, trial)[1]), key=lambda pair: pair[1])
+        if clock() > deadline:
+            break
+    return best
 
 
 def _kept_together(groups: Sequence[Group], parts: Sequence[Group]) -> tuple[Group, ...]:
@@ -90,13 +117,13 @@ def _climb(
     estimator: Estimator, groups: tuple[Group, ...], deadline: float, clock: Callable[[], float]
 ) -> tuple[tuple[Group, ...], Routing]:
     """The first move that serves more, again and again."""
-    routing, value = worth(estimator, groups)
+    routing, value = measured(estimator, groups)
     improved = True
     while improved and clock() < deadline:
         improved = False
         more = chain(united(groups), shifted(estimator.task, groups)) if len(groups) <= PAIRS_UP_TO else ()
         for trial in chain(flipped(groups), more):
-            found, gained = worth(estimator, trial)
+            found, gained = measured(estimator, trial)
             if gained > (value[0] * (1 + MARGIN), value[1]):
                 groups, routing, value, improved = trial, found, gained, True
                 break
@@ -173,7 +200,8 @@ def document(task: Task, found: Replanned) -> dict[str, Any]:
     total = found.routing.total or 1.0
     return {
         "decisions": [
-            {"worker": names[flip.shard], "from": flip.before.value, "to": flip.after.value} for flip in found.flips
+            {"worker": names[flip.shard], "from": flip.before.value if flip.before else STANDBY, "to": flip.after.value}
+            for flip in found.flips
         ],
         "groups": [
             {"phase": group.phase.value, "workers": [names[shard] for shard in group.shards]} for group in found.groups

@@ -87,6 +87,7 @@ def document(
         ],
         "gap": plan.gap,
         "groups": [_group(group, cluster) for group in _groups(plan, cluster)] if cluster else [],
+        "standby": [_group(group, cluster) for group in plan.standby] if cluster else [],
         "routes": [asdict(route) for route in plan.routes],
         "expected": asdict(plan.expected) if plan.expected else None,
         "inputs": dict(inputs or {}),

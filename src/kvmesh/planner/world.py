@@ -195,6 +195,7 @@ class Plan:
     """An algorithm's answer. `bound` is proven: no placement of the same problem flows more.
 
     Nodes of `placement` and `flow` are the hosts of the problem or, where groups share hosts, their shards in order.
+    `standby` are groups that hold their layers and are sent nothing, until the world changes.
     """
 
     algorithm: str
@@ -205,6 +206,7 @@ class Plan:
     groups: tuple[Group, ...] = ()
     routes: tuple[Route, ...] = ()
     expected: Expected | None = None
+    standby: tuple[Group, ...] = ()
 
     @property
     def gap(self) -> float:

@@ -8,12 +8,15 @@ slows down is noticed with the first chunk. Pure: told the time, and knows no by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DECAY = 0.5
 """What earlier transfers weigh after one more."""
-FADING = 0.95
-"""What is left of the best throughput after one more transfer."""
+SPELL = 1 << 19
+"""Bytes over which the capacity is measured: fewer pass in one burst, or in less time than it takes to ask for them."""
+HALVING = 0.2
+"""Seconds of a busy link in which an older capacity loses half: bytes prove a fast link, and time a slow one."""
 SMALLEST = 1024
 """Bytes below which a transfer measures the way there and back, and not the link."""
 
@@ -31,6 +34,8 @@ class Link:
     _read_at: float = 0.0
     _bytes: float = 0.0
     _busy: float = 0.0
+    _spell_bytes: float = 0.0
+    _spell_busy: float = 0.0
     _peak: float = 0.0
 
     @property
@@ -41,7 +46,7 @@ class Link:
     @property
     def capacity(self) -> float | None:
         """Bytes per second that it has carried lately at its best: a busy reader makes a link look slow, never fast."""
-        return self._peak or None
+        return self._peak or self.throughput
 
     @property
     def share(self) -> float | None:
@@ -62,11 +67,19 @@ class Link:
         if charged > 0 and size is not None and (not size or size >= SMALLEST):
             self._bytes = DECAY * self._bytes + size
             self._busy = DECAY * self._busy + charged
-            self._peak = max(self._bytes / self._busy, FADING * self._peak)
+            self._spell(size, charged)
 
     def answered(self, seconds: float) -> None:
         """A call that carried nothing took so long."""
         self.latency = min(seconds, 2 * self.latency) if self.latency else seconds
+
+    def _spell(self, size: int, charged: float) -> None:
+        self._spell_bytes += size
+        self._spell_busy += charged
+        if self._spell_bytes >= SPELL:
+            faded = self._peak * math.pow(0.5, self._spell_busy / HALVING)
+            self._peak = max(self._spell_bytes / self._spell_busy, faded)
+            self._spell_bytes = self._spell_busy = 0.0
 
     def _advance(self, now: float) -> None:
         if self._active:

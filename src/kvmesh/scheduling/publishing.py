@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from kvmesh.scheduling.coding import CodingSpeed
 from kvmesh.types import Readers
 
-EXACTNESS = 0.85
+EXACTNESS = 0.95
 """A more exact codec is taken unless a less exact one adds at most this share of what it adds."""
 SMOOTHING = 0.3
 

@@ -26,7 +26,7 @@ class WorkerConfig(ProcessConfig):
     links, auto is adaptive where the model has a profile, else raw. All workers of a mesh need the same."""
     codec_profile: Path | None = None
     """By default the one in the model's folder, or the one that ships."""
-    quality: int = Field(3, ge=1)
+    quality: int = Field(2, ge=1)
     """The coarsest version of a chunk to fetch over a slow link, in quality layers."""
     kv_memory: int | None = Field(None, gt=0)
     """Bytes of the block pool; `kv_blocks` goes before it."""

@@ -25,7 +25,6 @@ pytestmark = [
 CASES = {
     "tensor cores": (KvLayout(1, 8, 128, "bfloat16"), 32, None, None, 0.05),
     "cuda cores": (KvLayout(1, 3, 64, "bfloat16"), 9, None, None, 0.05),
-    "half": (KvLayout(1, 8, 128, "float16"), 32, None, None, 0.01),
     "window": (KvLayout(1, 8, 128, "bfloat16"), 32, 9, None, 0.05),
     "float8": (KvLayout(1, 8, 128, "bfloat16"), 32, None, torch.float8_e4m3fn, 0.3),
     "latent": (KvLayout(1, 1, 576, "bfloat16", planes=1), 16, None, None, 0.05),

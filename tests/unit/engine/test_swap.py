@@ -1,7 +1,7 @@
 """Preempted sequences come back from host memory, or are computed again: the tokens are the same."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmesh.engine.api import EngineRequest, TokenOutput
@@ -67,6 +67,7 @@ def test_what_was_saved_is_not_computed_again():
 
 
 @settings(max_examples=40, deadline=None)
+@example(blocks=12, swap=48, tokens=18, prompts=[1, 16, 32, 33], aborted=set())
 @given(
     blocks=st.integers(12, 40), swap=st.integers(0, 400), tokens=st.integers(1, 60),
     prompts=st.lists(st.integers(1, 90), min_size=2, max_size=6), aborted=st.sets(st.integers(0, 5)),

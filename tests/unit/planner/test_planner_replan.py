@@ -14,6 +14,7 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.planner import catalogue
 from kvmesh.planner.algorithms import arrange
 from kvmesh.planner.groups.judge import node_flow
+from kvmesh.planner.groups.outcome import goodput
 from kvmesh.planner.groups.parts import assign, layout
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.timing import cut
@@ -44,7 +45,7 @@ def test_drift_flips_a_group() -> None:
     assert found.value > found.before * 1.5
     assert {flip.before for flip in found.flips} == {D}
     assert weights(found.groups) == weights(groups)
-    assert found.value == Estimator(longer).route(found.groups).value
+    assert found.value == goodput(Estimator(longer), found.groups, found.routing)
 
 
 @settings(max_examples=10, deadline=None)

@@ -53,16 +53,45 @@ def test_a_link_that_slows_down_is_noticed_with_one_transfer():
     assert link.throughput < 2 * MB
 
 
-def test_the_capacity_is_that_of_the_best_moments_and_fades():
+def test_the_capacity_is_that_of_the_best_moments():
     link = Link()
     assert link.capacity is None
     link.end(link.begin(0.0), 10 * MB, 1.0)
-    link.end(link.begin(1.0), MB, 2.0)
-    assert link.throughput < 5 * MB
-    assert link.capacity == pytest.approx(9.5 * MB)
-    for now in range(2, 200):
-        link.end(link.begin(now), MB, now + 1)
-    assert link.capacity == pytest.approx(link.throughput)
+    link.end(link.begin(1.0), MB, 1.2)
+    assert link.throughput < 10 * MB
+    assert link.capacity == pytest.approx(5 * MB)
+
+
+def test_a_reader_that_is_busy_between_small_transfers_does_not_make_the_link_look_slow():
+    """Bytes pass at 100 MB/s, and now and then it takes 20 ms to look at them."""
+    link, now = Link(), 0.0
+    for number in range(40):
+        link.end(link.begin(now), MB // 2, now + (0.005 if number % 8 else 0.025))
+        now += 0.1
+    assert 80 * MB < link.capacity < 101 * MB
+
+
+def test_a_burst_that_passes_at_once_does_not_make_the_link_look_fast():
+    """A bucket that holds 128 KB, behind 12.5 MB/s."""
+    link = Link()
+    link.end(link.begin(0.0), MB, 0.08)
+    link.end(link.begin(1.0), 100_000, 1.001)
+    assert link.throughput == pytest.approx(link.capacity, rel=0.2)
+    for now in range(2, 30):
+        link.end(link.begin(now), 100_000, now + (0.001 if now % 8 == 0 else 0.008))
+    assert link.capacity < 1.3 * 12.5 * MB
+
+
+def test_the_capacity_of_a_link_that_has_become_slow_is_soon_known():
+    link, now = Link(), 0.0
+    for _ in range(20):
+        link.end(link.begin(now), MB, now + 0.005)
+        now += 0.005
+    assert link.capacity == pytest.approx(200 * MB)
+    for _ in range(12):
+        link.end(link.begin(now), MB, now + 0.08)
+        now += 0.08
+    assert link.capacity == pytest.approx(12.5 * MB, rel=0.01)
 
 
 def test_a_transfer_given_up_counts_against_the_link():

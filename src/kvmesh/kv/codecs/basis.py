@@ -102,11 +102,9 @@ class Basis:
         return weighted @ self.components[:count].T
 
     def expand(self, coefficients: Floats) -> Floats:
-        """`[tokens, heads * dim]` from the first coefficients; columns that are zero cost nothing."""
-        used = np.flatnonzero(coefficients.any(axis=0))
-        if len(used) > 0.9 * coefficients.shape[1]:
-            return coefficients @ self.components[: coefficients.shape[1]]
-        return coefficients[:, used] @ self.components[used]
+        """`[tokens, heads * dim]` from the first coefficients; after the last that is not zero they cost nothing."""
+        used = int(np.max(np.flatnonzero(coefficients.any(axis=0)), initial=-1)) + 1
+        return coefficients[:, :used] @ self.components[:used]
 
     def pack(self) -> bytes:
         upper = self.roots[:, *np.triu_indices(self.roots.shape[1])]

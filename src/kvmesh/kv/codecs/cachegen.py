@@ -32,8 +32,10 @@ VERSION = 1
 DEFAULT_LEVEL = 2
 SINK_TOKENS = 4
 
+SINK = np.dtype("<f2")
+"""What the sinks are stored in."""
+
 _HEAD = struct.Struct("<4BI16s")
-_SINK = np.dtype("<f2")
 _NAME_BYTES = 16
 
 
@@ -59,32 +61,39 @@ class CacheGen:
 
     def encode(self, data: KvArray, first_layer: int, start: int = 0) -> tuple[bytes]:
         layers, planes, tokens, heads, dim = data.shape
-        if problem := self._problem(data.shape, first_layer):
+        if problem := self.problem(data.shape, first_layer):
             raise ValueError(problem)
         values = to_float32(data).reshape(layers * planes, tokens, heads * dim)
-        sinks = max(0, min(SINK_TOKENS - start, tokens))
-        exact = from_float32(values[:, :sinks], _SINK).tobytes()
-        anchors, body = _encode(self._layers(first_layer, layers), np.ascontiguousarray(values[:, sinks:]))
-        head = _HEAD.pack(VERSION, self.level, sinks, 0, len(anchors), self.profile.hash[:_NAME_BYTES])
-        return (b"".join((head, exact, anchors, body)),)
+        sinks = sinks_of(start, tokens)
+        exact = from_float32(values[:, :sinks], SINK)
+        return self.join(exact, *_encode(self.layers(first_layer, layers), np.ascontiguousarray(values[:, sinks:])))
+
+    def join(self, exact: KvArray, anchors: bytes, body: bytes) -> tuple[bytes]:
+        """The payload of sinks `[blocks, sinks, columns]` in half precision and of two parts."""
+        head = _HEAD.pack(VERSION, self.level, exact.shape[1], 0, len(anchors), self.profile.hash[:_NAME_BYTES])
+        return (b"".join((head, exact.tobytes(), anchors, body)),)
 
     def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
-        payload = parts[0]
-        layers, planes, tokens, heads, dim = shape
-        sinks, size = self._read_head(payload)
-        if problem := self._problem(shape, first_layer):
-            raise CorruptChunk(problem)
-        blocks, columns = layers * planes, heads * dim
-        coded = _HEAD.size + blocks * sinks * columns * _SINK.itemsize
-        if sinks > tokens or coded + size > len(payload):
-            raise CorruptChunk(f"{sinks} sinks and {size} bytes of anchors cannot be")
-        exact = np.frombuffer(payload[_HEAD.size : coded], _SINK).reshape(blocks, sinks, columns)
-        if not np.isfinite(exact).all():
-            raise CorruptChunk("a sink is not finite")
-        level = self._layers(first_layer, layers)
-        rest = _decode(level, payload[coded : coded + size], payload[coded + size :], tokens - sinks)
+        exact, anchors, body = self.split(parts[0], shape, first_layer)
+        sinks = exact.shape[1]
+        rest = _decode(self.layers(first_layer, shape[0]), anchors, body, shape[2] - sinks)
         values = np.concatenate((exact.astype(np.float32), rest), axis=1) if sinks else rest
         return from_float32(values, dtype).reshape(shape)
+
+    def split(self, payload: memoryview, shape: Shape, first_layer: int) -> tuple[KvArray, memoryview, memoryview]:
+        """What `join` was given; raises CorruptChunk."""
+        layers, planes, tokens, heads, dim = shape
+        sinks, size = self._read_head(payload)
+        if problem := self.problem(shape, first_layer):
+            raise CorruptChunk(problem)
+        blocks, columns = layers * planes, heads * dim
+        coded = _HEAD.size + blocks * sinks * columns * SINK.itemsize
+        if sinks > tokens or coded + size > len(payload):
+            raise CorruptChunk(f"{sinks} sinks and {size} bytes of anchors cannot be")
+        exact = np.frombuffer(payload[_HEAD.size : coded], SINK).reshape(blocks, sinks, columns)
+        if not np.isfinite(exact).all():
+            raise CorruptChunk("a sink is not finite")
+        return exact, payload[coded : coded + size], payload[coded + size :]
 
     def _read_head(self, payload: memoryview) -> tuple[int, int]:
         """Sinks, and bytes of the anchors' part; raises CorruptChunk."""
@@ -99,14 +108,16 @@ class CacheGen:
             raise CorruptChunk(f"{size} bytes of anchors cannot be")
         return sinks, size
 
-    def _problem(self, shape: tuple[int, ...], first_layer: int) -> str:
+    def problem(self, shape: tuple[int, ...], first_layer: int) -> str:
+        """Why KV of this shape cannot be coded; empty if it can."""
         layers, planes, _, heads, dim = shape
         own_layers, *own = self.profile.shape
         if [planes, heads, dim] == own and first_layer + layers <= own_layers:
             return ""
         return f"KV of shape {shape} from layer {first_layer} does not fit a profile of {self.profile.shape}"
 
-    def _layers(self, first_layer: int, layers: int) -> Level:
+    def layers(self, first_layer: int, layers: int) -> Level:
+        """The quantisers of some layers."""
         planes, level = self.profile.shape[1], self.profile.levels[self.level - 1]
         if layers == self.profile.shape[0]:
             return level
@@ -115,11 +126,16 @@ class CacheGen:
         return Level(level.group, anchors, level.body.slice(start, stop))
 
 
+def sinks_of(start: int, tokens: int) -> int:
+    """How many of `tokens` tokens from position `start` on are sinks."""
+    return max(0, min(SINK_TOKENS - start, tokens))
+
+
 def _encode(level: Level, values: Floats) -> tuple[bytes, bytes]:
     """The anchors' part, empty without groups, and the body's."""
     if level.anchors is None:
         return b"", level.body.encode(values)
-    anchored, rest = _places(values.shape[1], level.group)
+    anchored, rest = places(values.shape[1], level.group)
     firsts = np.ascontiguousarray(values[:, :: level.group])
     anchors = level.anchors.encode(firsts)
     decoded = level.anchors.decode(anchors, firsts.shape[1])
@@ -129,13 +145,13 @@ def _encode(level: Level, values: Floats) -> tuple[bytes, bytes]:
 def _decode(level: Level, anchors: memoryview, body: memoryview, tokens: int) -> Floats:
     if level.anchors is None:
         return level.body.decode(body, tokens)
-    anchored, rest = _places(tokens, level.group)
+    anchored, rest = places(tokens, level.group)
     values = level.anchors.decode(anchors, -(-tokens // level.group)).take(anchored, 1)
     values[:, rest] += level.body.decode(body, len(rest))
     return values
 
 
-def _places(tokens: int, group: int) -> tuple[KvArray, KvArray]:
+def places(tokens: int, group: int) -> tuple[KvArray, KvArray]:
     """For each token the index of its anchor; the tokens that are none."""
     positions = np.arange(tokens)
     return positions // group, positions[positions % group > 0]

@@ -23,9 +23,11 @@ from kvmesh.kv.codecs.floats import Floats
 
 Array = npt.NDArray[Any]
 
+LARGEST = 32767
+"""Of the levels of escapes."""
+
 _COUNT = struct.Struct("<I")
 _LEVEL = np.dtype("<i2")
-_LARGEST = 32767
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,12 @@ class Quantiser:
         return np.where(none, 1, first), np.where(none, 0, last)
 
     @cached_property
-    def _levels(self) -> tuple[Floats, Floats]:
+    def scales(self) -> Floats:
+        """Levels for each unit of a value."""
+        return (1 / self.steps).astype(np.float32)
+
+    @cached_property
+    def levels(self) -> tuple[Floats, Floats]:
         """Lowest and highest level of each (block, column)."""
         first, last = ((symbol - self.zero).astype(np.float32)[self.classes] for symbol in self._range)
         return first, last
@@ -85,32 +92,42 @@ class Quantiser:
         from kvmesh.kv.codecs import quantiser_kernels as kernels
 
         symbols = np.empty(values.shape, np.uint8)
-        scales, (lows, highs) = (1 / self.steps).astype(np.float32), self._levels
-        count = kernels.quantise(values, self.means, scales, lows, highs, self.zero, symbols)
-        escaped = self._escaped(values, symbols) if count else b""
-        return _COUNT.pack(count) + escaped + rans.encode(symbols, self.classes, self.tables)
+        lows, highs = self.levels
+        count = kernels.quantise(values, self.means, self.scales, lows, highs, self.zero, symbols)
+        return self.write(symbols, self._escaped(values, symbols) if count else np.empty(0, _LEVEL))
+
+    def write(self, symbols: Array, escapes: Array) -> bytes:
+        """The coded uint8 `symbols` and the levels of those that are escapes, within ±LARGEST, in their order."""
+        coded = rans.encode(symbols, self.classes, self.tables)
+        return _COUNT.pack(len(escapes)) + escapes.astype(_LEVEL).tobytes() + coded
+
+    def read(self, payload: Buffer, rows: int) -> tuple[Array, Floats]:
+        """What `write` was given, as many escapes as there should be; raises CorruptChunk."""
+        count, escapes, coded = _split(memoryview(payload))
+        blocks, columns = self.means.shape
+        symbols = rans.decode(coded, (blocks, rows, columns), self.classes, self.tables)
+        due = symbols.size - int(np.count_nonzero(symbols))
+        if due != count:
+            raise CorruptChunk(f"{count} escapes where {due} are due")
+        return symbols, escapes
 
     def decode(self, payload: Buffer, rows: int) -> Floats:
         """`[blocks, rows, columns]`, which the caller has bounded; raises CorruptChunk."""
         from kvmesh.kv.codecs import quantiser_kernels as kernels
 
-        count, escapes, coded = _split(memoryview(payload))
-        blocks, columns = self.means.shape
-        symbols = rans.decode(coded, (blocks, rows, columns), self.classes, self.tables)
+        symbols, escapes = self.read(payload, rows)
         values = np.empty(symbols.shape, np.float32)
         kernels.dequantise(symbols, self.means, self.steps, self.zero, values)
-        where = np.nonzero(symbols == 0) if count or not symbols.all() else ((), (), ())
-        if len(where[0]) != count:
-            raise CorruptChunk(f"{count} escapes where {len(where[0])} are due")
-        if count:
+        if len(escapes):
+            where = np.nonzero(symbols == 0)
             values[where] = escapes * self.steps[where[0]] + self.means[where[0], where[2]]
         return values
 
-    def _escaped(self, values: Floats, symbols: Array) -> bytes:
+    def _escaped(self, values: Floats, symbols: Array) -> Array:
         where = np.nonzero(symbols == 0)
         levels = np.rint((values[where] - self.means[where[0], where[2]]) / self.steps[where[0]])
-        clipped: Array = np.clip(levels, -_LARGEST, _LARGEST).astype(_LEVEL)
-        return clipped.tobytes()
+        clipped: Array = np.clip(levels, -LARGEST, LARGEST)
+        return clipped
 
 
 def _split(payload: memoryview) -> tuple[int, Array, memoryview]:

@@ -37,18 +37,22 @@ class Renditions:
         """The cells of the first `count` renditions, coarse to fine."""
         transform = self.transform
         coefficients = np.zeros((len(weighted[0]), sum(transform.ranks)), np.float32)
-        planes = zip(transform.bases, weighted, transform.reach[count - 1].tolist(), self._starts, strict=True)
+        planes = zip(transform.bases, weighted, transform.reach[count - 1].tolist(), self.starts, strict=True)
         for basis, plane, reached, start in planes:
             coefficients[:, start : start + reached] = basis.project(plane, reached)
-        renditions = embedded.quantise(coefficients, self._step(count), count)
+        return self.nested(embedded.quantise(coefficients, self.step(count), count))
+
+    def nested(self, renditions: list[KvArray]) -> list[KvArray]:
+        """Each of the first renditions with no more components than it reaches; changes them in place."""
+        transform = self.transform
         for cells, reach in zip(renditions[:-1], transform.reach, strict=False):
-            for start, reached, rank in zip(self._starts, reach, transform.ranks, strict=True):
+            for start, reached, rank in zip(self.starts, reach, transform.ranks, strict=True):
                 cells[:, start + reached : start + rank] = 0
         return renditions
 
     def values(self, cells: KvArray, count: int) -> list[Floats]:
         """What the cells of rendition `count` stand for, weighted."""
-        planes = np.split(embedded.dequantise(cells, self._step(count)), self._starts[1:], axis=1)
+        planes = np.split(embedded.dequantise(cells, self.step(count)), self.starts[1:], axis=1)
         return [basis.expand(plane) for basis, plane in zip(self.transform.bases, planes, strict=True)]
 
     def encode(self, renditions: Sequence[KvArray]) -> list[bytes]:
@@ -56,7 +60,7 @@ class Renditions:
         return [self._encode(number, cells, renditions[number - 1]) for number, cells in enumerate(renditions)]
 
     def _encode(self, number: int, cells: KvArray, coarse: KvArray) -> bytes:
-        used = [_used(plane) for plane in np.split(cells, self._starts[1:], axis=1)]
+        used = [_used(plane) for plane in np.split(cells, self.starts[1:], axis=1)]
         fresh, known = self._columns(number, used)
         refined = b""
         if number:
@@ -79,18 +83,19 @@ class Renditions:
             cells[:, fresh] = self.transform.firsts[number].decode(added, tokens, fresh)
         return cells
 
-    def _step(self, count: int) -> float:
+    def step(self, count: int) -> float:
+        """That of rendition `count`."""
         return float(1 << (self.transform.renditions - count))
 
     @property
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
         """Where the components of each plane begin."""
         return [0, *np.cumsum(self.transform.ranks)[:-1].tolist()]
 
     def _columns(self, number: int, used: Sequence[int]) -> tuple[KvArray, KvArray]:
         """Which components a rendition adds and which it refines, if so many of each plane are coded."""
         known = self.transform.reach[number - 1].tolist() if number else [0] * len(used)
-        spans = [(start, start + min(a, b), start + b) for start, a, b in zip(self._starts, known, used, strict=True)]
+        spans = [(start, start + min(a, b), start + b) for start, a, b in zip(self.starts, known, used, strict=True)]
         fresh, refined = [(middle, end) for _, middle, end in spans], [(start, middle) for start, middle, _ in spans]
         return _ranges(fresh), _ranges(refined)
 

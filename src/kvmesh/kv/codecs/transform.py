@@ -25,7 +25,7 @@ import numpy as np
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv.codec import TRANSFORM, CorruptChunk, Format, KvArray, Shape
-from kvmesh.kv.codecs.cachegen import SINK_TOKENS
+from kvmesh.kv.codecs.cachegen import SINK, SINK_TOKENS, sinks_of
 from kvmesh.kv.codecs.floats import Floats, from_float32, to_float32
 from kvmesh.kv.codecs.profile import Profile
 from kvmesh.kv.codecs.renditions import Renditions
@@ -34,7 +34,6 @@ from kvmesh.kv.codecs.transform_profile import TransformProfile
 VERSION = 1
 
 _HEAD = struct.Struct("<2BHI16s")
-_SINK = np.dtype("<f2")
 _NAME_BYTES = 16
 
 
@@ -53,11 +52,11 @@ class Transform:
     def __post_init__(self) -> None:
         if self.profile.transform is None:
             raise InvalidArgument("the codec profile holds no transform: `kvmesh kv calibrate` makes one that does")
-        last = self._transform.quality_layers
+        last = self.transform.quality_layers
         if self.level is not None and not 1 <= self.level <= last:
             raise InvalidArgument(f"level {self.level} is not one of the profile's 1 to {last}")
         try:
-            for basis in self._transform.bases:
+            for basis in self.transform.bases:
                 basis.ready()
         except ValueError as error:
             raise InvalidArgument(f"the codec profile is not usable: {error}") from error
@@ -67,65 +66,83 @@ class Transform:
         return f"transform/{VERSION}:{self.profile.hash.hex()}"
 
     @property
-    def _transform(self) -> TransformProfile:
+    def transform(self) -> TransformProfile:
         assert self.profile.transform is not None
         return self.profile.transform
 
     @property
-    def _renditions(self) -> Renditions:
-        return Renditions(self._transform)
+    def renditions(self) -> Renditions:
+        return Renditions(self.transform)
 
     @property
-    def _level(self) -> int:
-        return self.level or self._transform.quality_layers
+    def coded(self) -> int:
+        """Renditions that are encoded."""
+        return min(self.level or self.transform.renditions, self.transform.renditions)
+
+    @property
+    def detailed(self) -> bool:
+        """If the detail is encoded too."""
+        return self.level is None or self.level > self.transform.renditions
 
     def encode(self, data: KvArray, first_layer: int, start: int = 0) -> list[bytes]:
-        if problem := self._problem(data.shape, first_layer):
+        if problem := self.problem(data.shape, first_layer):
             raise ValueError(problem)
-        values, tokens = to_float32(data), data.shape[2]
-        sinks = max(0, min(SINK_TOKENS - start, tokens))
-        exact = from_float32(np.ascontiguousarray(values[:, :, :sinks]), _SINK).tobytes()
-        head = _HEAD.pack(VERSION, sinks, 0, start, self.profile.hash[:_NAME_BYTES])
+        values = to_float32(data)
+        sinks = sinks_of(start, data.shape[2])
+        exact = from_float32(np.ascontiguousarray(values[:, :, :sinks]), SINK)
         weighted = self._weigh(values[:, :, sinks:], start + sinks)
-        renditions = self._renditions.quantise(weighted, min(self._level, self._transform.renditions))
-        parts = self._renditions.encode(renditions)
-        parts[0] = b"".join((head, exact, parts[0]))
-        if self._level > len(renditions):
-            known = self._renditions.values(renditions[-1], len(renditions))
-            parts.append(self._transform.detail.encode(_by_layer(weighted, data.shape) - _by_layer(known, data.shape)))
-        return parts
+        cells = self.renditions.quantise(weighted, self.coded)
+        parts = self.renditions.encode(cells)
+        if self.detailed:
+            known = self.renditions.values(cells[-1], len(cells))
+            parts.append(self.transform.detail.encode(_by_layer(weighted, data.shape) - _by_layer(known, data.shape)))
+        return self.join(exact, start, parts)
+
+    def join(self, exact: KvArray, start: int, parts: list[bytes]) -> list[bytes]:
+        """The payload of sinks `[layers, planes, sinks, kv_heads, head_dim]`, the first at `start`, and of parts."""
+        head = _HEAD.pack(VERSION, exact.shape[2], 0, start, self.profile.hash[:_NAME_BYTES])
+        return [b"".join((head, exact.tobytes(), parts[0])), *parts[1:]]
 
     def decode(self, parts: Sequence[memoryview], shape: Shape, dtype: np.dtype[Any], first_layer: int) -> KvArray:
+        exact, start, parts = self.split(parts, shape, first_layer)
         layers, planes, tokens, heads, dim = shape
-        if problem := self._problem(shape, first_layer):
-            raise CorruptChunk(problem)
-        if len(parts) > self._transform.quality_layers:
-            raise CorruptChunk(f"{len(parts)} quality layers where {self._transform.quality_layers} are known")
-        sinks, start, size = self._read_head(parts[0], shape)
-        exact = np.frombuffer(parts[0][_HEAD.size : size], _SINK).reshape(layers, planes, sinks, heads, dim)
-        if not np.isfinite(exact).all():
-            raise CorruptChunk("a sink is not finite")
-        weighted = self._decode([parts[0][size:], *parts[1:]], (layers, planes, tokens - sinks, heads, dim))
+        sinks = exact.shape[2]
+        weighted = self._decode(parts, (layers, planes, tokens - sinks, heads, dim))
         values = np.empty(shape, np.float32)
         values[:, :, :sinks] = exact
-        for plane, basis in enumerate(self._transform.bases):
+        for plane, basis in enumerate(self.transform.bases):
             rest = basis.unweigh(weighted[plane], layers)
-            values[:, plane, sinks:] = rest if plane else self._transform.rotary.apply(rest, start + sinks)
+            values[:, plane, sinks:] = rest if plane else self.transform.rotary.apply(rest, start + sinks)
         return from_float32(values, dtype)
+
+    def split(
+        self, parts: Sequence[memoryview], shape: Shape, first_layer: int
+    ) -> tuple[KvArray, int, list[memoryview]]:
+        """What `join` was given; raises CorruptChunk."""
+        layers, planes, _, heads, dim = shape
+        if problem := self.problem(shape, first_layer):
+            raise CorruptChunk(problem)
+        if len(parts) > self.transform.quality_layers:
+            raise CorruptChunk(f"{len(parts)} quality layers where {self.transform.quality_layers} are known")
+        sinks, start, size = self._read_head(parts[0], shape)
+        exact = np.frombuffer(parts[0][_HEAD.size : size], SINK).reshape(layers, planes, sinks, heads, dim)
+        if not np.isfinite(exact).all():
+            raise CorruptChunk("a sink is not finite")
+        return exact, start, [parts[0][size:], *parts[1:]]
 
     def _weigh(self, values: Floats, position: int) -> list[Floats]:
         """For each plane `[tokens, layers * heads * dim]`."""
-        keys = self._transform.rotary.undo(values[:, 0], position)
+        keys = self.transform.rotary.undo(values[:, 0], position)
         planes = (keys, *(values[:, plane] for plane in range(1, values.shape[1])))
-        return [basis.weigh(plane) for basis, plane in zip(self._transform.bases, planes, strict=True)]
+        return [basis.weigh(plane) for basis, plane in zip(self.transform.bases, planes, strict=True)]
 
     def _decode(self, parts: Sequence[memoryview], shape: Shape) -> list[Floats]:
         """The weighted values of each plane; raises CorruptChunk."""
         layers, planes, tokens, heads, dim = shape
-        count = min(len(parts), self._transform.renditions)
-        weighted = self._renditions.values(self._renditions.decode(parts[:count], tokens), count)
+        count = min(len(parts), self.transform.renditions)
+        weighted = self.renditions.values(self.renditions.decode(parts[:count], tokens), count)
         if len(parts) > count:
-            detail = self._transform.detail.decode(parts[-1], tokens).reshape(layers, planes, tokens, heads * dim)
+            detail = self.transform.detail.decode(parts[-1], tokens).reshape(layers, planes, tokens, heads * dim)
             for plane, values in enumerate(weighted):
                 values.reshape(tokens, layers, heads * dim)[:] += detail[:, plane].transpose(1, 0, 2)
         return weighted
@@ -140,12 +157,13 @@ class Transform:
             raise CorruptChunk(f"version {version} with {sinks} sinks where {VERSION} is due")
         if name != self.profile.hash[:_NAME_BYTES]:
             raise CorruptChunk(f"made with the profile {name.hex()}, not {self.profile.hash[:_NAME_BYTES].hex()}")
-        size = _HEAD.size + layers * planes * sinks * heads * dim * _SINK.itemsize
+        size = _HEAD.size + layers * planes * sinks * heads * dim * SINK.itemsize
         if len(part) < size:
             raise CorruptChunk("shorter than its sinks")
         return sinks, start, size
 
-    def _problem(self, shape: tuple[int, ...], first_layer: int) -> str:
+    def problem(self, shape: tuple[int, ...], first_layer: int) -> str:
+        """Why KV of this shape cannot be coded; empty if it can."""
         layers, planes, _, heads, dim = shape
         if (layers, planes, heads, dim) == self.profile.shape and first_layer == 0:
             return ""

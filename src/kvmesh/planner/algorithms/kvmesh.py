@@ -1,7 +1,7 @@
 """Our own: many ways to form groups, one estimate to compare them, and doubt before the choice.
 
 1. Candidates: groups of several hosts a stage (Helix's placement, once for all hosts and once for each phase), equal
-   shapes in balance (DistServe), whole hosts in pools (Splitwise), and clusters of fast links (ThunderServe).
+   shapes in balance (DistServe), hosts in pools (Splitwise), and clusters of fast links (ThunderServe).
 2. Tabu search from the best partition, with the transportation program as its measure; then, in short, for speeds that
    are off, and for the plan that is good at all of these.
 3. The best candidates are simulated. Of them, the one that regrets least when throughputs are off.
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.planner.algorithms import distserve_high, thunderserve
 from kvmesh.planner.groups.instances import racks
-from kvmesh.planner.groups.neighbours import Partition
+from kvmesh.planner.groups.neighbours import Partition, clusters
 from kvmesh.planner.groups.networks import network
 from kvmesh.planner.groups.parts import assignments, layout
+from kvmesh.planner.groups.pools import pooled
 from kvmesh.planner.groups.robust import Hedged, regrets, truths
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.search import Candidate, Search
@@ -53,7 +55,8 @@ def finalists(estimator: Estimator, seconds: float, seed: int, error: float = ER
     """The best that were found, best first: for the speeds as given, and in view of what they may turn out to be."""
     began = time.monotonic()
     search = Search(estimator, began + seconds * (NETWORKS_SHARE + SEARCH_SHARE), seed)
-    pool = [search.weigh(groups) for groups in _networks(estimator, began + seconds * NETWORKS_SHARE)]
+    made = chain(_pools(search), _networks(estimator, began + seconds * NETWORKS_SHARE))
+    pool = [search.weigh(groups) for groups in made]
     search.run([*thunderserve.starts(estimator), *_shapes(estimator)])
     pool += search.known.values()
     if search.tops and estimator.task.objective == "goodput":
@@ -92,6 +95,13 @@ def _networks(estimator: Estimator, deadline: float) -> Iterator[tuple[Group, ..
         parts = (network(task, hosts[:cut], Phase.PREFILL, each), network(task, hosts[cut:], Phase.DECODE, each))
         if all(parts):
             yield tuple(group for group in parts if group)
+
+
+def _pools(search: Search) -> Iterator[tuple[Group, ...]]:
+    """Of groups as small as links and memory allow."""
+    smallest = [search.deducer.group(pool, Phase.MIXED) for pool in clusters(search.estimator.task)]
+    groups = [group for group in smallest if group]
+    yield from pooled(search.estimator, groups, lambda: time.monotonic() < search.deadline)
 
 
 def _shapes(estimator: Estimator) -> Iterator[Partition]:

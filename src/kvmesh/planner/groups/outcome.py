@@ -5,7 +5,6 @@ The nodes of the plan are shards; a host that is not divided gives its name to i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from math import sqrt
@@ -18,7 +17,7 @@ from kvmesh.planner.groups.ceiling import ceiling
 from kvmesh.planner.groups.routing import Estimator, Routing
 from kvmesh.planner.groups.worth import busy_share, dollars_per_hour, renumbered, watts
 from kvmesh.planner.task import Task
-from kvmesh.planner.world import SINK, SOURCE, Edge, Expected, Flow, Group, Phase, Plan, Problem, Route, Shard
+from kvmesh.planner.world import SINK, SOURCE, Edge, Expected, Flow, Group, Host, Phase, Plan, Problem, Route, Shard
 
 
 def settle(
@@ -46,8 +45,21 @@ def settle(
         groups=kept,
         routes=routes,
         expected=_expected(estimator, kept, routing, routes),
+        standby=_standby(task, [group for i, group in enumerate(groups) if i not in numbers]),
     )
     return plan, problem
+
+
+def _standby(task: Task, unused: Sequence[Group]) -> tuple[Group, ...]:
+    """Who counts hosts or watts leaves the rest off."""
+    return tuple(unused) if task.objective in ("flow", "goodput") else ()
+
+
+def goodput(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> float:
+    """Requests/s within the SLOs at the loads that groups will see; the linear program counts every group as busy as it
+    may be."""
+    routes = _chances(estimator, groups, routing) if routing.rates else []
+    return routing.total * sum(route.share * route.attainment for route in routes)
 
 
 def _slo(task: Task) -> str:
@@ -59,13 +71,13 @@ def _shards(groups: Sequence[Group]) -> list[Shard]:
 
 
 def node_names(task: Task, groups: Sequence[Group]) -> list[str]:
-    """A host's name, with its accelerators where it has several shards."""
-    shards = _shards(groups)
-    counts = Counter(shard.host for shard in shards)
-    return [
-        task.hosts[s.host].name + ("" if counts[s.host] == 1 else "/" + ",".join(map(str, s.accelerators)))
-        for s in shards
-    ]
+    """A host's name, with its accelerators where a shard has only some of them."""
+    return [_name(task.hosts[shard.host], shard) for shard in _shards(groups)]
+
+
+def _name(host: Host, shard: Shard) -> str:
+    whole = len(shard.accelerators) == host.accelerators
+    return host.name if whole else f"{host.name}/{','.join(map(str, shard.accelerators))}"
 
 
 def nodes(task: Task, groups: Sequence[Group]) -> Problem:
