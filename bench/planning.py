@@ -5,10 +5,12 @@
 6: every pair of shapes and every number of instances of both phases on one host of A100-80G, OPT-13B, by simulation;
    placements with less capacity than the best goodput found are not simulated: they cannot win.
 9: a plan for the conversation trace meets other traffic, or loses a host. `stale` goes on with its old phases and new
-   routes, `light` flips phases without moving weights, `full` plans anew. Requests/s within the SLOs, estimated.
+   routes, `light` replans without moving weights, `full` plans anew with the same search, budget and another seed;
+   where nothing changes, that shows what searching again is worth. Requests/s within the SLOs, estimated alike.
    Light seconds are of one core's time, so that other load on the machine does not count.
-11: throughputs of each kind of host are off by up to 25 and 50 %, drawn at random, forty times; which finalist is
-   chosen was decided on other draws. Loss against the finalist that is best under each draw, worst and mean.
+11: throughputs of each kind of host are off by up to 25 and 50 %, drawn at random, forty times. Plans were made, and
+   the minimax one chosen, on other draws. Routes are solved again for each draw, or keep their shares. Loss against the
+   plan, of all that were compared, that is best under each draw: worst and mean.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from kvmesh.planner import catalogue
 from kvmesh.planner import task as tasks
 from kvmesh.planner.algorithms import arrange, kvmesh
 from kvmesh.planner.groups.instances import fill, racks
-from kvmesh.planner.groups.robust import regrets
+from kvmesh.planner.groups.outcome import settle
+from kvmesh.planner.groups.robust import Regret, cautious, compared, kept, truths
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.trial import simulated
 from kvmesh.planner.observed_file import ObservedSection, applied
 from kvmesh.planner.replan import replan
 from kvmesh.planner.speeds import SpeedBook
 from kvmesh.planner.task import Task
-from kvmesh.planner.world import SINK, SOURCE, Cluster, Group, Host, Link, Phase, Slo
+from kvmesh.planner.world import SINK, SOURCE, Cluster, Group, Host, Link, Phase, Plan, Slo
 
 CODE = ObservedSection(input_tokens=1379, output_tokens=28)
 HALF = ObservedSection(input_tokens=1050, output_tokens=134)
@@ -50,6 +53,8 @@ REPLANNED = (
 )
 DOUBTED = (("het42", "llama2-70b", Slo(8.0, 0.6)), ("cloud32", "llama-30b", Slo(4.0, 0.15)))
 DRAWS, HELD_OUT = 40, 1
+AGAIN = 1
+"""Seed of the full searches; the plan that they compete with has seed 0."""
 
 
 def task(cluster: Cluster, model: str, workload: str, slo: Slo) -> Task:
@@ -156,27 +161,36 @@ def without(wanted: Task, lost: int) -> Task:
     return replace(wanted, cluster=Cluster(wanted.cluster.name, hosts, links))
 
 
+def searched(wanted: Task, time_limit: float, seed: int) -> Plan:
+    """The best by estimate; a trial of the finalists would judge both sides of the comparison alike."""
+    estimator, began = Estimator(wanted), time.perf_counter()
+    best = kvmesh.finalists(estimator, time_limit, seed)[0]
+    return settle("kvmesh", estimator, best.groups, time.perf_counter() - began, best.routing)[0]
+
+
+def changes(wanted: Task) -> Iterator[tuple[str, Task, Task, tuple[int, ...]]]:
+    """(name, the task as light replanning sees it, as the full search does, lost hosts)."""
+    yield "nothing, searched again", wanted, wanted, ()
+    yield "half conversation, half code", applied(wanted, HALF), applied(wanted, HALF), ()
+    yield "conversation to code", applied(wanted, CODE), applied(wanted, CODE), ()
+    hosts = range(len(wanted.hosts))
+    for i in (hosts[0], hosts[len(hosts) // 4], hosts[len(hosts) // 2], hosts[-1]):
+        yield f"lost {wanted.hosts[i].name} ({wanted.hosts[i].machine})", wanted, without(wanted, i), (i,)
+
+
 def figure9(time_limit: float, progress: Progress) -> list[Replanning]:
     results = []
     for name, model, slo in REPLANNED:
         wanted = task(catalogue.cluster(name), model, "azure-conv", slo)
-        hosts = range(len(wanted.hosts))
-        lost = [hosts[0], hosts[len(hosts) // 4], hosts[len(hosts) // 2], hosts[-1]]
-        changes: list[tuple[str, Task, Task, tuple[int, ...]]] = [
-            ("half conversation, half code", applied(wanted, HALF), applied(wanted, HALF), ()),
-            ("conversation to code", applied(wanted, CODE), applied(wanted, CODE), ()),
-            *(
-                (f"lost {wanted.hosts[i].name} ({wanted.hosts[i].machine})", wanted, without(wanted, i), (i,))
-                for i in lost
-            ),
-        ]
-        plan, _ = arrange("thunderserve", wanted, time_limit)
-        for change, now, anew, gone in progress.track(changes, description=f"9: {name}"):
+        plan = searched(wanted, time_limit, 0)
+        for change, now, anew, gone in progress.track(list(changes(wanted)), description=f"9: {name}"):
             light = replan(now, plan.groups, gone, clock=time.process_time, standby=plan.standby)
-            full, _ = arrange("thunderserve", anew, time_limit)
+            full = searched(anew, time_limit, AGAIN)
             best = full.expected.goodput if full.expected else 0.0
             value = light.value, best, light.value / best
-            results.append(Replanning(name, len(hosts), change, light.before, *value, light.seconds, full.seconds))
+            results.append(
+                Replanning(name, len(wanted.hosts), change, light.before, *value, light.seconds, full.seconds)
+            )
     return results
 
 
@@ -185,11 +199,12 @@ def figure9(time_limit: float, progress: Progress) -> list[Replanning]:
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Losses as shares of the best finalist's requests/s under the same draw."""
+    """Losses as shares of what the best of the same plans serves under the same draw."""
 
     cluster: str
     error: float
-    finalists: int
+    routes: str
+    plans: int
     nominal_worst: float
     minimax_worst: float
     nominal_mean: float
@@ -198,20 +213,35 @@ class Doubt:
     """What the minimax plan serves less where nothing is off."""
 
 
+def doubts(name: str, wanted: Task, error: float, time_limit: float) -> Iterator[Doubt]:
+    """Routes that follow what is true; and routes that keep their shares, the nominal ones or cautious ones."""
+    found = kvmesh.finalists(Estimator(wanted), time_limit, 0, error)
+    plans = [candidate.groups for candidate in found]
+    drawn, held_out = (
+        [Estimator(wanted), *map(Estimator, truths(wanted, error, DRAWS, seed))] for seed in (0, HELD_OUT)
+    )
+    weighed = [(one.groups, one.routing) for one in found]
+    weighed += [(groups, shares) for groups in plans if (shares := cautious(drawn, groups)).rates]
+
+    def followed(estimators: Sequence[Estimator]) -> Regret:
+        return compared([[estimator.route(groups).value for groups in plans] for estimator in estimators])
+
+    def stayed(estimators: Sequence[Estimator]) -> Regret:
+        return compared([[kept(estimator, *plan) for plan in weighed] for estimator in estimators])
+
+    for routes, regret in (("solved again", followed), ("kept", stayed)):
+        chosen, judged = regret(drawn).choice, regret(held_out)
+        means = [mean_loss(judged.values, number) for number in (0, chosen)]
+        price = 1 - judged.values[0][chosen] / judged.values[0][0]
+        yield Doubt(name, error, routes, len(judged.worst), judged.worst[0], judged.worst[chosen], *means, price)
+
+
 def figure11(time_limit: float, progress: Progress) -> list[Doubt]:
     results = []
     for name, model, slo in progress.track(DOUBTED, description="11"):
         wanted = task(catalogue.cluster(name), model, "azure-conv", slo)
-        estimator = Estimator(wanted)
         for error in (0.25, 0.5):
-            found = kvmesh.finalists(estimator, time_limit, 0, error)
-            plans = [candidate.groups for candidate in found]
-            chosen = regrets(wanted, plans, error, DRAWS).choice
-            judged = regrets(wanted, plans, error, DRAWS, HELD_OUT)
-            means = [mean_loss(judged.values, number) for number in (0, chosen)]
-            price = 1 - found[chosen].worth[0] / found[0].worth[0]
-            worst = judged.worst[0], judged.worst[chosen]
-            results.append(Doubt(name, error, len(found), *worst, means[0], means[1], price))
+            results += doubts(name, wanted, error, time_limit)
     return results
 
 

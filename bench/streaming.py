@@ -54,6 +54,8 @@ MISTRAL_BYTES = 131_072
 """Of KV for a token of Mistral-7B in half precision."""
 KV_BYTES = 23_040
 """Of this model's."""
+LEARNING = 3
+"""Turns of the adaptive scheme that are not counted: what its readers tell of the link decides how chunks are stored."""
 LONG = 2.5
 """Seconds beyond which one measurement says enough."""
 ENCODING_HIDDEN = 60.0
@@ -191,21 +193,21 @@ def figure(mbit: float | None, name: str, answers: Sequence[Answer], slo: float 
 async def measure(
     mesh: Mesh, catalogue: Catalogue, links: Sequence[float], repeats: int, figures: list[Figure], bar: Progress
 ) -> None:
-    """Every scheme on every link; the first turn is not counted: in it workers learn what the link is.
+    """Every scheme on every link; the first turns are not counted: in them workers learn what the link is.
 
-    What took LONG is not repeated; computing from text, which no link changes, is measured once.
+    A fixed choice that took LONG is not repeated; computing from text, which no link changes, is measured once.
     """
     schemes = catalogue.compared
     text: list[Answer] = []
-    task = bar.add_task("constant links", total=len(links) * (repeats + 1) * len(schemes))
+    task = bar.add_task("constant links", total=len(links) * (repeats + LEARNING) * len(schemes))
     for mbit in links:
         mesh.link.limit(mbit * 1e6 or None)
         answers: dict[str, list[Answer]] = {scheme.name: [] for scheme in schemes}
-        for _ in range(repeats + 1):
+        for turn in range(-LEARNING, repeats):
             for scheme in schemes:
                 bar.advance(task)
                 given = text if scheme.name == TEXT else answers[scheme.name]
-                if given and given[-1].seconds > LONG:
+                if scheme.name != ADAPTIVE and (turn < -1 or (given and given[-1].seconds > LONG)):
                     continue
                 asked = scheme
                 if scheme.name == ADAPTIVE and given:
@@ -215,7 +217,7 @@ async def measure(
                     mesh.link.limit(mbit * 1e6 or None)
                 given.append(await mesh.ask(asked))
         answers |= {TEXT: text} if text else {}
-        figures += [figure(mbit, name, given[1:] or given) for name, given in answers.items() if given]
+        figures += [figure(mbit, name, given[-repeats:]) for name, given in answers.items() if given]
 
 
 async def weather(mesh: Mesh, seed: int) -> None:

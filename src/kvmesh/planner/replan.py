@@ -1,10 +1,10 @@
 """Light rescheduling (ThunderServe): after drift or a lost host, only phases and routes change, and no weights move.
 
 Groups that lost a host and still hold every layer go on; others lend their remaining shards to a group that can use
-them. All hosts are also parted anew between the phases, by an integer program. From the better of both, phases are
-flipped, one or two groups at a time, or two groups united, or hosts whose layers a group holds twice go over to
-another, as long as that serves more, with the transportation program as the measure. Milliseconds to a second, where
-planning anew takes many and moves weights.
+them; groups on standby are woken. One integer program chooses all phases, for the groups and for their smallest parts;
+alike groups form pools; another parts all hosts between the phases. From the best of these, phases are flipped, groups
+united, or hosts whose layers a group holds twice go over to another, as long as that serves more, with the
+transportation program as the guide. Less than a second, where planning anew takes many and moves weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from kvmesh.planner.world import Group, Phase, Shard
 PAIRS_UP_TO = 12
 """Groups up to which two are flipped at once, united, or exchange hosts."""
 MARGIN = 1e-3
+START_SHARE = 0.7
+"""Of the time, at most until moves are tried one by one."""
 STANDBY = "standby"
 
 
@@ -72,7 +74,7 @@ def replan(
     left = survivors(estimator, (*groups, *standby), lost)
     alive = tuple(shard for shard in (*planned, *waiting) if shard.host not in lost)
     best, routing = _climb(
-        estimator, _start(estimator, left, alive, started + deadline / 2, clock), started + deadline, clock
+        estimator, _start(estimator, left, alive, started + START_SHARE * deadline, clock), started + deadline, clock
     )
     now = {shard: group.phase for i, group in enumerate(best) if routing.through(i) for shard in group.shards}
     flips = tuple(

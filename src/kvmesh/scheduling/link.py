@@ -15,7 +15,7 @@ DECAY = 0.5
 """What earlier transfers weigh after one more."""
 SPELL = 1 << 19
 """Bytes over which the capacity is measured: fewer pass in one burst, or in less time than it takes to ask for them."""
-HALVING = 0.2
+HALVING = 0.3
 """Seconds of a busy link in which an older capacity loses half: bytes prove a fast link, and time a slow one."""
 SMALLEST = 1024
 """Bytes below which a transfer measures the way there and back, and not the link."""

@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-LIGHT = ("kvmesh_router.__main__", "kvmesh_kvstore.__main__", "kvmesh.engine.fake", "kvmesh.cli.main", "kvmesh.client")
+LIGHT = (
+    "kvmesh_router.__main__",
+    "kvmesh_kvstore.__main__",
+    "kvmesh.engine.fake",
+    "kvmesh.cli.main",
+    "kvmesh.client",
+    "kvmesh.kv.codecs.choice",
+)
 BLOCKED = ("torch", "transformers", "flashinfer")
 
 

@@ -57,7 +57,7 @@ def test_the_capacity_is_that_of_the_best_moments():
     link = Link()
     assert link.capacity is None
     link.end(link.begin(0.0), 10 * MB, 1.0)
-    link.end(link.begin(1.0), MB, 1.2)
+    link.end(link.begin(1.0), MB, 1.3)
     assert link.throughput < 10 * MB
     assert link.capacity == pytest.approx(5 * MB)
 
@@ -88,7 +88,7 @@ def test_the_capacity_of_a_link_that_has_become_slow_is_soon_known():
         link.end(link.begin(now), MB, now + 0.005)
         now += 0.005
     assert link.capacity == pytest.approx(200 * MB)
-    for _ in range(12):
+    for _ in range(18):
         link.end(link.begin(now), MB, now + 0.08)
         now += 0.08
     assert link.capacity == pytest.approx(12.5 * MB, rel=0.01)

@@ -37,6 +37,36 @@ def test_where_link_and_decoder_are_slow_chunks_take_turns_and_both_are_busy():
     assert min(20 * 0.03, 20 * 0.05) / load.busiest() > 1.2
 
 
+SMOLLM2 = {"int8": (0.508, 0.0075), "cachegen": (0.162, 0.02), "transform": (0.0166, 0.075)}
+"""Share of the raw bytes, and seconds that a core decodes a chunk of 256 tokens, two quality layers of transform."""
+
+
+def steps_of(names, bytes_per_second):
+    """The codecs of 4,096 tokens stored long ago, for a reader of two cores; and how long the busiest step takes."""
+    policy, encoding, decoding, load = Publishing(), CodingSpeed(2), CodingSpeed(2), Load()
+    for name, (share, seconds) in SMOLLM2.items():
+        policy.observe(name, RAW, int(share * RAW), int(share * RAW))
+        decoding.observe(name, 1, ELEMENTS, seconds)
+    links, chunk = Links(True, None, Readers(True, bytes_per_second)), Chunk(RAW, ELEMENTS, 60.0)
+    codecs = [names[policy.choose(names, chunk, links, (encoding, decoding), load)] for _ in range(16)]
+    return codecs, load.busiest()
+
+
+def test_over_100_mbit_a_third_of_the_chunks_is_cachegen_and_the_others_transform():
+    codecs, seconds = steps_of(("raw", *SMOLLM2), 100e6 / 8)
+    assert set(codecs) == {"cachegen", "transform"}
+    assert 4 <= codecs.count("cachegen") <= 7
+    assert seconds < 0.5
+    assert set(codecs[:3]) == {"cachegen", "transform"}
+
+
+@given(mbit=st.floats(5, 50_000))
+def test_the_mix_keeps_its_busiest_step_hardly_longer_busy_than_any_one_codec(mbit):
+    _, seconds = steps_of(("raw", *SMOLLM2), mbit * 1e6 / 8)
+    for share, decode in ((1.0, 0.0), *SMOLLM2.values()):
+        assert seconds <= 1.06 * 16 * max(share * RAW / (mbit * 1e6 / 8), decode / 2) + 0.03
+
+
 @given(store=RATES, rate=st.floats(0, 1e12), encode=st.floats(0, 10), decode=st.floats(0, 10))
 def test_on_one_host_kv_is_never_lossy_however_slow_things_seem(store, rate, encode, decode):
     assert chosen(store, Readers(False, rate), remote=False, encode=encode, decode=decode) == "raw"

@@ -63,7 +63,7 @@ class Basis:
         return orthonormal
 
     @cached_property
-    def _weights(self) -> tuple[Floats, Floats]:
+    def weights(self) -> tuple[Floats, Floats]:
         """The roots and their inverses."""
         roots = self.roots.astype(np.float64)
         try:
@@ -76,7 +76,7 @@ class Basis:
 
     def ready(self) -> None:
         """Computes what the others need; raises ValueError if it cannot be."""
-        _ = self.components, self._weights
+        _ = self.components, self.weights
 
     def weigh(self, values: Floats) -> Floats:
         """`values` `[layers, tokens, heads, dim]` to float32 `[tokens, layers * heads * dim]`, errors of equal cost."""
@@ -84,16 +84,14 @@ class Basis:
         centred = values - self.means.astype(np.float32).reshape(layers, 1, heads, dim)
         by_head = centred.transpose(0, 2, 1, 3).reshape(layers * heads, tokens, dim)
         weighted = np.empty((tokens, layers * heads, dim), np.float32)
-        np.matmul(by_head, self._weights[0], out=weighted.transpose(1, 0, 2))
+        np.matmul(by_head, self.weights[0], out=weighted.transpose(1, 0, 2))
         return weighted.reshape(tokens, layers * heads * dim)
 
     def unweigh(self, weighted: Floats, layers: int) -> Floats:
         """The inverse: `[layers, tokens, heads, dim]`."""
         tokens, (heads, dim) = len(weighted), self.means.shape
         by_head = weighted.reshape(tokens, heads, dim).transpose(1, 0, 2)
-        values = (
-            np.matmul(by_head, self._weights[1]).reshape(layers, heads // layers, tokens, dim).transpose(0, 2, 1, 3)
-        )
+        values = np.matmul(by_head, self.weights[1]).reshape(layers, heads // layers, tokens, dim).transpose(0, 2, 1, 3)
         shifted: Floats = values + self.means.astype(np.float32).reshape(layers, 1, heads // layers, dim)
         return shifted
 

@@ -66,10 +66,18 @@ def check_setting(setting: str) -> str:
     return setting
 
 
-def open_codec(setting: str, shape: Sequence[int], profile: Profile | None = None, *, warm: bool = True) -> Codec:
+def open_codec(
+    setting: str,
+    shape: Sequence[int],
+    profile: Profile | None = None,
+    *,
+    warm: bool = True,
+    device: str | None = None,
+) -> Codec:
     """The codec for KV of (layers, planes, kv_heads, head_dim) `shape`; if `warm`, ready without further delay.
 
     Not `warm`, only an adaptive one starts sooner: its members are made when they are first used.
+    `device`: the torch device that does the arithmetic of those with levels; None: the CPU, without torch.
 
     Raises:
         InvalidArgument: no such codec or level, or a profile made for KV of another shape.
@@ -78,10 +86,10 @@ def open_codec(setting: str, shape: Sequence[int], profile: Profile | None = Non
     """
     if setting == "auto":
         usable = profile is not None and profile.shape == tuple(shape)
-        return open_codec("adaptive", shape, profile, warm=warm) if usable else Raw()
+        return open_codec("adaptive", shape, profile, warm=warm, device=device) if usable else Raw()
     if setting == "adaptive":
         lossy = (INT8, CACHEGEN, TRANSFORM) if profile and profile.transform else (INT8, CACHEGEN)
-        makers = [(format, partial(open_codec, format.name, shape, profile)) for format in lossy]
+        makers = [(format, partial(open_codec, format.name, shape, profile, device=device)) for format in lossy]
         members = [make() if warm else Later(format, format.name, make) for format, make in makers]
         return Adaptive((Raw(), *members), profile.hash.hex() if profile else "")
     name, level = parse(setting)
@@ -91,9 +99,17 @@ def open_codec(setting: str, shape: Sequence[int], profile: Profile | None = Non
         raise NotFound(f"the codec {setting} needs a profile of this model: `kvmesh kv calibrate` makes one")
     if profile.shape != tuple(shape):
         raise InvalidArgument(f"the codec profile is of KV of shape {profile.shape}, the model's is {tuple(shape)}")
-    codec = LEVELLED[name](profile, level)
+    codec = _placed(LEVELLED[name](profile, level), device)
     _warm_up(codec, profile)
     return codec
+
+
+def _placed(codec: Codec, device: str | None) -> Codec:
+    if device is None:
+        return codec
+    from kvmesh.kv.cuda.placement import place  # It imports torch.
+
+    return place(codec, device)
 
 
 def find_profile(path: Path | None, folder: Path, name: str) -> Profile | None:

@@ -42,8 +42,14 @@ def quantise(values: Floats, step: float, renditions: int) -> list[Array]:
     """The cells of `values` `[rows, columns]`, int32, coarse to fine; `step` is that of the finest."""
     from kvmesh.kv.codecs import embedded_kernels as kernels
 
-    cells = [np.empty(values.shape, np.int32)]
-    kernels.quantise(values, np.float32(1 / step), np.int64(LARGEST << (renditions - 1)), cells[0])
+    finest = np.empty(values.shape, np.int32)
+    kernels.quantise(values, np.float32(1 / step), np.int64(LARGEST << (renditions - 1)), finest)
+    return nested(finest, renditions)
+
+
+def nested(finest: Array, renditions: int) -> list[Array]:
+    """Those cells and what they are with wider steps, coarse to fine."""
+    cells = [finest]
     for _ in range(renditions - 1):
         cells.append(parents(cells[-1]))
     return cells[::-1]
