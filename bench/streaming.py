@@ -55,7 +55,7 @@ MISTRAL_BYTES = 131_072
 KV_BYTES = 23_040
 """Of this model's."""
 LEARNING = 3
-"""Turns of the adaptive scheme that are not counted: what its readers tell of the link decides how chunks are stored."""
+"""Turns of the adaptive scheme that are not counted: what its readers tell of the link decides how KV is stored."""
 LONG = 2.5
 """Seconds beyond which one measurement says enough."""
 ENCODING_HIDDEN = 60.0

@@ -155,6 +155,6 @@ class Publication:
 
 
 def _timed(data: KvArray, dtype: str, first_layer: int, codec: Codec, start: int) -> tuple[bytes, float]:
-    """The seconds are the thread's own, as in `transfer`."""
+    """The seconds are the thread's own: a core that others kept busy must not make a codec look slow."""
     began = time.thread_time()
     return bitstream.encode(data, dtype, first_layer, codec, start), time.thread_time() - began

@@ -162,9 +162,9 @@ class Importer:
 
 
 def _timed(bits: bytes, chunk: ChunkRef, layout: KvLayout, codec: Codec) -> tuple[KvArray, float]:
-    """The seconds are the thread's own: a core that others kept busy must not make a codec look slow."""
-    began = time.thread_time()
-    return decode(bits, chunk, layout, codec), time.thread_time() - began
+    """In seconds that pass, as those of links and of computing, which the policy weighs them against."""
+    began = time.perf_counter()
+    return decode(bits, chunk, layout, codec), time.perf_counter() - began
 
 
 def decode(bits: bytes, chunk: ChunkRef, layout: KvLayout, codec: Codec) -> KvArray:

@@ -1,7 +1,7 @@
 """Codecs whose arithmetic is torch's, on the CPU and on CUDA where there is one, against those of numpy and numba."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -16,6 +16,7 @@ from kvmesh.kv.codec import CACHEGEN, CODECS, RAW
 from kvmesh.kv.codecs import embedded
 from kvmesh.kv.codecs.adaptive import Adaptive, member
 from kvmesh.kv.codecs.cachegen import CacheGen
+from kvmesh.kv.codecs.calibration import Recipe, calibrate
 from kvmesh.kv.codecs.choice import open_codec
 from kvmesh.kv.codecs.floats import from_float32, to_float32
 from kvmesh.kv.codecs.rotary import Rotary
@@ -26,7 +27,7 @@ from kvmesh.kv.cuda.device import Device
 from kvmesh.kv.cuda.placement import Placed
 from kvmesh.kv.cuda.transform import DeviceTransform, dequantise, quantise
 from tests.unit.kv.codec_fuzz import forge
-from tests.unit.kv.codec_profiles import LAYERS, RECIPES, SHAPE, kv, profile, transforming
+from tests.unit.kv.codec_profiles import LAYERS, RECIPES, SHAPE, kv, learnt, profile, transforming
 
 WIRE = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
@@ -90,6 +91,19 @@ def test_every_prefix_of_a_transform_decodes_to_the_same(name, dtype, tokens, st
         decoded = there.decode(parts[:count], data.shape, data.dtype, 0)
         assert decoded.shape == data.shape
         assert close(host.decode(parts[:count], data.shape, data.dtype, 0), decoded, dtype)
+
+
+@on_devices
+@pytest.mark.parametrize(("planes", "heads", "dim", "pairs", "start"), [(1, 1, 40, 4, 32), (2, 6, 4, 0, 0)])
+def test_a_latent_and_keys_that_do_not_turn_decode_to_the_same(name, planes, heads, dim, pairs, start):
+    samples = [np.random.default_rng(i).normal(size=(2, planes, 200, heads, dim)).astype("<f4") for i in (1, 2)]
+    made = calibrate(samples, bytes(32), [Recipe((0.5,), classes=4)])
+    host = Transform(replace(made, transform=learnt((2, planes, heads, dim), samples, pairs, start)))
+    there, data = DeviceTransform(host, device(name)), samples[0][:, :, :30]
+    parts = parts_of(there, data)
+    decoded = [codec.decode(parts, data.shape, data.dtype, 0) for codec in (host, there)]
+    assert close(*decoded, "float32")
+    assert np.square(decoded[1] - data).mean() < 0.05
 
 
 @on_devices

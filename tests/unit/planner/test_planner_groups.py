@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvmesh.errors import InvalidArgument
 from kvmesh.planner.algorithms import ARRANGEMENTS, arrange
 from kvmesh.planner.algorithms.distserve_high import place as place_instances
+from kvmesh.planner.algorithms.kvmesh import CLOSE
 from kvmesh.planner.groups import judge
 from kvmesh.planner.groups.ceiling import ceiling
 from kvmesh.planner.groups.deduction import _nearest, _widest_path, balanced
@@ -61,7 +62,7 @@ def test_searches_come_near_the_best_partition(wanted: Task) -> None:
     # Ours takes the plan that it doubts least among those that are close.
     trusted, _ = arrange("kvmesh", wanted, SECONDS)
     judged(wanted, trusted)
-    assert Estimator(wanted).route(trusted.groups).value >= best * 0.85
+    assert Estimator(wanted).route(trusted.groups).value >= best * 0.95 * CLOSE
 
 
 @pytest.mark.parametrize("name", ["thunderserve", "kvmesh", "splitwise"])

@@ -65,6 +65,8 @@ def test_pools_hold_the_weights_that_were_there() -> None:
         assert {shard for group in trial for shard in group.shards} == shards
         assert sum(len(group.shards) for group in trial) == len(shards)
     assert parted(wanted, groups[3:]) == tuple(groups[3:])
+    helped = Group(M, (*whole(M, 0).shards, Shard(3, (0,), (0, 4))))
+    assert parted(wanted, [helped]) == (helped,)
 
 
 def test_groups_without_work_stand_by_until_the_world_changes() -> None:

@@ -115,7 +115,7 @@ def quantise(values: Tensor, step: float, renditions: int) -> Tensor:
 def dequantise(cells: Tensor, step: float) -> Tensor:
     """The middles of cells, as `embedded.dequantise`, bit by bit."""
     sizes = cells.abs()
-    middles = torch.where(sizes > 1, (sizes.float() - 0.4) * step, sizes * (0.75 * step))
+    middles = torch.where(sizes > 1, (sizes.float() - 0.5) * step, sizes * (0.75 * step))
     return torch.where(cells < 0, -middles, middles)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from kvmesh.planner.groups.phases import phased
 from kvmesh.planner.groups.routing import Estimator
+from kvmesh.planner.groups.timing import cut
 from kvmesh.planner.task import Task
 from kvmesh.planner.world import Group, Phase, Span
 
@@ -49,11 +50,15 @@ def united_by(key: Callable[[Group], Hashable], groups: Sequence[Group]) -> tupl
 
 
 def parted(task: Task, groups: Sequence[Group]) -> tuple[Group, ...]:
-    """As many groups as the weights allow: every shard that holds all layers alone, and what is left of each group."""
+    """As many groups as the weights allow: every shard that holds all layers alone, and what is left of each group; one
+    whose rest would have a gap stays."""
     whole: Span = (0, task.model.layers)
-    found = []
+    found: list[Group] = []
     for group in groups:
-        found += [replace(group, shards=(shard,)) for shard in group.shards if shard.span == whole]
-        if rest := tuple(shard for shard in group.shards if shard.span != whole):
-            found.append(replace(group, shards=rest))
+        rest = replace(group, shards=tuple(shard for shard in group.shards if shard.span != whole))
+        if rest.shards and not cut(rest, task.model.layers):
+            found.append(group)
+        else:
+            found += [replace(group, shards=(shard,)) for shard in group.shards if shard.span == whole]
+            found += [rest] if rest.shards else []
     return tuple(found)
