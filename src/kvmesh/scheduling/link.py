@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 DECAY = 0.5
 """What earlier transfers weigh after one more."""
-SPELL = 1 << 19
+SPELL = 1 << 20
 """Bytes over which the capacity is measured: fewer pass in one burst, or in less time than it takes to ask for them."""
 HALVING = 0.3
 """Seconds of a busy link in which an older capacity loses half: bytes prove a fast link, and time a slow one."""

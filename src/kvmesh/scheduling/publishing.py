@@ -7,6 +7,7 @@ nothing is remote a chunk stays as it is, however slow things seem: a busy machi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from kvmesh.types import Readers
 
 EXACTNESS = 0.95
 """A more exact codec is taken unless a less exact one adds at most this share of what it adds."""
+FAST = 300e6
+"""Bytes per second from which on a link keeps the processors at its ends so busy that coding has no time to spare."""
 SMOOTHING = 0.3
 
 
@@ -29,6 +32,10 @@ class Links:
     @property
     def remote(self) -> bool:
         return self.store_remote or self.readers.remote
+
+    @property
+    def slowest(self) -> float:
+        return min(rate or math.inf for rate in (self.put, self.read))
 
     @property
     def put(self) -> float | None:
@@ -97,6 +104,8 @@ class Publishing:
             return 0
         if links.read is None:
             return len(codecs) - 1
+        if links.slowest >= FAST:
+            return 0
         steps = [self._steps(codec, number > 0, chunk, links, coding) for number, codec in enumerate(codecs)]
         busiest = [load.busiest(each) for each in steps]
         allowed = load.busiest() + (min(busiest) - load.busiest()) / EXACTNESS

@@ -35,7 +35,7 @@ def test_json_is_what_the_plan_says(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert list(document) == [
         "algorithm", "flow_tokens_per_s", "bound_tokens_per_s", "seconds", "placement", "phase", "links",
-        "gap", "groups", "routes", "expected", "inputs",
+        "gap", "groups", "standby", "routes", "expected", "inputs",
     ]  # fmt: skip
     assert document["algorithm"] == "helix"
     assert document["flow_tokens_per_s"] == pytest.approx(2045.64, abs=0.01)

@@ -60,7 +60,7 @@ def test_over_100_mbit_a_third_of_the_chunks_is_cachegen_and_the_others_transfor
     assert set(codecs[:3]) == {"cachegen", "transform"}
 
 
-@given(mbit=st.floats(5, 50_000))
+@given(mbit=st.floats(5, 2_000))
 def test_the_mix_keeps_its_busiest_step_hardly_longer_busy_than_any_one_codec(mbit):
     _, seconds = steps_of(("raw", *SMOLLM2), mbit * 1e6 / 8)
     for share, decode in ((1.0, 0.0), *SMOLLM2.values()):
@@ -74,7 +74,7 @@ def test_on_one_host_kv_is_never_lossy_however_slow_things_seem(store, rate, enc
 
 def test_the_slower_the_link_the_smaller_the_codec():
     assert chosen(store=1e7) == "small"
-    assert chosen(store=1e9) == "int8"
+    assert chosen(store=2e8) == "int8"
     assert chosen(store=1e11) == "raw"
     assert chosen(store=1e11, readers=Readers(True, 1e7)) == "small"
 
