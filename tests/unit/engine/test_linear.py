@@ -124,9 +124,9 @@ def test_two_packings_share_the_work_by_rows():
 
 def test_auto_takes_int4_only_where_it_loses_nothing():
     auto = packing_of("auto").layer
-    assert isinstance(auto(q4_1(), None, None), ByRows)
-    assert not isinstance(auto(random(OUT, IN), None, None), ByRows)
-    assert not isinstance(auto(random(OUT, 48), None, None), ByRows)
+    assert isinstance(auto(q4_1(), None, None).few, Int4)
+    assert not isinstance(auto(random(OUT, IN), None, None).few, Int4)
+    assert not isinstance(auto(random(OUT, 48), None, None).few, Int4)
 
 
 def test_shapes_that_int4_cannot_hold_are_bfloat16():

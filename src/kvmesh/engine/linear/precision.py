@@ -1,13 +1,13 @@
 """From the name of a precision to the products that hold it. Knows how good and fast they are, by measurement;
 measures nothing.
 
-| precision | layers                                                        | activations and KV |
-|-----------|---------------------------------------------------------------|--------------------|
-| float32   | dense, in the dtype asked for                                 | that dtype         |
-| bf16      | prepacked bfloat16                                            | bfloat16           |
-| int8      | smoothed W8A8, but for `down` and the head, which are bf16    | bfloat16           |
-| int4      | int4 up to 4 rows, bf16 for more                              | bfloat16           |
-| auto      | int4 up to 4 rows where int4 loses nothing, int8 for the rest | bfloat16           |
+| precision | layers                                                               | activations and KV |
+|-----------|----------------------------------------------------------------------|--------------------|
+| float32   | dense, in the dtype asked for                                        | that dtype         |
+| bf16      | prepacked bfloat16                                                   | bfloat16           |
+| int8      | smoothed W8A8, but for `down` and the head, which are bf16           | bfloat16           |
+| int4      | int4 up to 4 rows, bf16 for more                                     | bfloat16           |
+| auto      | int4 up to 4 rows if that loses nothing, bf16, int8 for over 64 rows | bfloat16           |
 
 The head is bfloat16 in all but float32. Outliers in activations make plain W8A8 cost SmolLM2 3.7 % of perplexity;
 smoothed it costs 1.2 %, of which `down` alone, whose inputs are products, 0.9 % (12 windows of bench/quality.py).
@@ -34,6 +34,10 @@ PRECISIONS = ("float32", "bf16", "int8", "int4", "auto")
 INT4_ROWS = 4
 """With more rows than this, reading bfloat16 weights costs less than unpacking int4 ones: 12 against 17 ms for 4 rows
 of SmolLM2's layers on one Zen 4 core, 26 against 19 ms for 8."""
+
+INT8_ROWS = 64
+"""With no more rows than this, quantising activations costs what int8 saves: at 32 sequences bf16 decodes 519 tokens/s
+and int8 443, but prompts are computed at 1,360 and 1,695 (bench/engine.py, two threads)."""
 
 Pack = Callable[[Tensor, Tensor | None, Tensor | None], Linear]
 """(weight `[out, in]`, bias, magnitude that each input channel reaches or None) -> product."""
@@ -77,7 +81,7 @@ def packing_of(precision: str, device: str = "cpu") -> Packing:
     if precision == "int8":
         return Packing(smooth_int8, _bf16, _bf16, ranged=True)
     if precision == "auto":
-        return Packing(_exact_int4_or(smooth_int8), _exact_int4_or(_bf16), _bf16, ranged=True)
+        return Packing(_exact_int4_or(_bf16_or_int8), _exact_int4_or(_bf16), _bf16, ranged=True)
     pack = {"bf16": _bf16, "int4": _int4_and_bf16}[precision]
     return Packing(pack, pack, _bf16)
 
@@ -88,6 +92,10 @@ def _dense(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear
 
 def _bf16(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
     return bf16(weight, bias)
+
+
+def _bf16_or_int8(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+    return ByRows(bf16(weight, bias), smooth_int8(weight, bias, ranges), INT8_ROWS)
 
 
 def _int4_and_bf16(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
