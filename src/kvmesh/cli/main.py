@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -73,13 +74,22 @@ def root(
 
 def main() -> NoReturn:
     """The console script `kvmesh`."""
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    sys.exit(execute(sys.argv[1:]))
+    received: list[int] = []
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        """A polite kill cleans up as Ctrl-C does."""
+        received.append(number)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(execute(sys.argv[1:], received))
 
 
-def execute(arguments: list[str]) -> int:
-    """Runs one command line; returns its exit status and prints what went wrong, if anything did."""
+def execute(arguments: list[str], received: Sequence[int] = ()) -> int:
+    """Runs one command line; returns its exit status and prints what went wrong, if anything did.
+
+    `received`: the signals to end that came. Libraries may turn the exit of a handler into an error of their own.
+    """
     try:
         code = int(app(arguments, prog_name="kvmesh", standalone_mode=False) or 0)
         return _fail("interrupted", code) if code == INTERRUPTED else code
@@ -98,6 +108,8 @@ def execute(arguments: list[str]) -> int:
     except OSError as error:
         return _fail(str(error), 1)
     except Exception as error:
+        if received:
+            return 128 + received[0]
         if os.environ.get(DEBUG_VARIABLE):
             raise
         return _fail(f"bug: {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows the traceback)", BUG)
