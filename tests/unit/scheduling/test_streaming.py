@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvmesh.scheduling.compute import ComputeSpeed
 from kvmesh.scheduling.link import Link
-from kvmesh.scheduling.streaming import FREE, LOOK_AHEAD, Offer, Outlook, Streaming, Version, plans_of
+from kvmesh.scheduling.streaming import FREE, LOOK_AHEAD, MARGIN, Offer, Outlook, Streaming, Version, plans_of
 from tests.unit.scheduling.streaming_simulation import CHUNK, ELEMENTS, adaptive, fixed, offers, speed
 
 BITS = (0.4, 0.75, 1.2, 2.0)
@@ -45,7 +45,7 @@ def test_a_limit_that_a_fixed_choice_keeps_with_the_margin_is_kept_with_no_more_
     compute, chunks, rate = speed(tokens_per_second), offers(16, BITS, 0.01), mbit * MBIT
     got = adaptive(Streaming(16 * CHUNK + 1, compute, limit=limit), chunks, lambda _: rate, known(rate))
     choices = [fixed(chunks, quality, lambda _: rate, compute) for quality in range(5)]
-    keeping = [choice for choice in choices if choice.seconds <= limit * 0.9]
+    keeping = [choice for choice in choices if choice.seconds <= limit * (1 - MARGIN)]
     if keeping:
         assert got.seconds <= limit
         assert got.loss <= min(choice.loss for choice in keeping) + 1e-9
@@ -60,7 +60,7 @@ def test_a_faster_link_never_takes_longer(rates, limit):
     assert all(f.seconds <= s.seconds for s, f in zip(*plans, strict=True))
     if limit is not None:
         loss = [Streaming(4096, compute, limit=limit).plan(chunks, Outlook(r), 0.0) for r in (slow, fast)]
-        assert loss[1].loss <= loss[0].loss or loss[0].seconds > 0.9 * limit
+        assert loss[1].loss <= loss[0].loss or loss[0].seconds > (1 - MARGIN) * limit
 
 
 def test_after_a_step_down_the_next_choice_is_another():
