@@ -23,7 +23,7 @@ from typing import Protocol
 LOOK_AHEAD = 64
 """Chunks that a plan reckons one by one; what lies beyond is reckoned as one."""
 MARGIN = 0.4
-"""Of the time that is left, kept for surprises: with a tenth 11 of 12 requests came late over a varying link, so none."""
+"""Of the time that is left, kept for surprises: with a tenth, 11 of 12 requests over a varying link came late."""
 FREE = 0.02
 """Without a limit, how much longer than the fastest plan a better one may take."""
 SHORTEST_PATIENCE = 1.0
