@@ -19,7 +19,7 @@ COMPOSE = ROOT / "deploy/compose/compose.yaml"
 OBSERVABILITY = ROOT / "deploy/observability/compose.observability.yaml"
 CHART = ROOT / "deploy/helm/kvmesh"
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
-SCALED = ("prefill", "decode", "kvstore")
+SCALED = ("prefill", "decode", "mixed", "kvstore")
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def rendered(values):
 VALUES = {
     "default": {},
     "planned": planned(),
-    "scaled": {"autoscaling": {"enabled": True}, "router": {"powerBudget": 12000}, "kvstore": {"replicas": 3}},
+    "scaled": {"autoscaling": {"enabled": True}, "router": {"powerBudget": 12000}, "kvstore": {"replicas": 3, "replicationFactor": 2}},
     "elsewhere": {
         "redis": {"url": "rediss://user:secret@redis.example:6380/1"},
         "modelCache": {"existingClaim": "models"},
@@ -111,6 +111,7 @@ def test_settings_reach_the_processes_as_they_can_read_them():
     objects = rendered(VALUES["scaled"])
     router = objects["Deployment", "-router"]["spec"]["template"]["spec"]["containers"][0]
     assert float(environment(router)["KVMESH_POWER_BUDGET"]) == 12000
+    assert objects["ConfigMap", ""]["data"]["KVMESH_REPLICAS"] == "2"
     store = objects["StatefulSet", "-kvstore"]["spec"]["template"]["spec"]["containers"][0]
     assert int(environment(store)["KVMESH_DISK_BYTES"]) == 9 * 2**30
 
