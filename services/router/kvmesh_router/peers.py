@@ -33,6 +33,7 @@ class Stubs:
     prefill: prefill_pb2_grpc.PrefillServiceAsyncStub
     decode: decode_pb2_grpc.DecodeServiceAsyncStub
     worker: common_pb2_grpc.WorkerServiceAsyncStub
+    power: common_pb2_grpc.PowerServiceAsyncStub
 
 
 class Peers:
@@ -55,6 +56,7 @@ class Peers:
                 prefill_pb2_grpc.PrefillServiceStub(channel),
                 decode_pb2_grpc.DecodeServiceStub(channel),
                 common_pb2_grpc.WorkerServiceStub(channel),
+                common_pb2_grpc.PowerServiceStub(channel),
             )
         return stubs
 
@@ -82,6 +84,15 @@ class Peers:
         except KvmeshError as error:
             return str(error)
         return response.statistics
+
+    async def cap_clock(self, worker: WorkerInfo, share: float, seconds: float, timeout: float) -> str:
+        """Of the worker's accelerators, for so many seconds; why it could not be done, or nothing."""
+        request = common_pb2.CapClockRequest(clock=share, lease_seconds=seconds)
+        try:
+            await unary(self.at(worker).power.CapClock(request, timeout=timeout))
+        except KvmeshError as error:
+            return str(error)
+        return ""
 
     async def _abort_prefill(self, worker: WorkerInfo, lease: Lease) -> bool:
         request = prefill_pb2.AbortPrefillRequest(request_id=lease.request_id, ticket=ticket_to_proto(lease.ticket))

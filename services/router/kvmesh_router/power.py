@@ -1,7 +1,9 @@
-"""Keeps the mesh within its power budget: watches what the workers report, and admits fewer requests near it.
+"""Keeps the mesh within its power budget: watches what the workers report, admits fewer requests near it, and caps the
+clocks of those workers that let it.
 
-The levels are POLCA's (`kvmesh.scheduling.power`); where they would lower clocks, the gate is narrowed, to a share of
-what ran when the level was reached. Workers that measure one domain are counted once. Sets no clock.
+The levels are POLCA's (`kvmesh.scheduling.power`). The gate is narrowed to a share of what ran when the level was
+reached. Workers that measure one domain are counted once. A worker serves requests of any priority, so its clocks are
+capped as those of high priority.
 """
 
 from __future__ import annotations
@@ -11,18 +13,20 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh.background import background
-from kvmesh.scheduling.power import Level, PowerPolicy
+from kvmesh.scheduling.power import FULL_CLOCK, Level, PowerPolicy
 from kvmesh.telemetry import Metrics
-from kvmesh.types import Role, WorkerInfo
+from kvmesh.types import WorkerInfo
 from kvmesh.v1 import common_pb2
 from kvmesh_router.flow import Flow
 from kvmesh_router.gate import Gate
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 1.0
+CAP_SECONDS = 5 * READ_SECONDS
+"""A cap of clocks that is not renewed for so long ends by itself."""
 
 Watts = Mapping[str, float]
 """By domain."""
@@ -34,6 +38,9 @@ class PowerGuard:
     gate: Gate
     read: Callable[[], Awaitable[Watts]]
     metrics: Metrics
+    cap: Callable[[float], Awaitable[None]]
+    """Caps every worker's clocks at a share of the highest, until CAP_SECONDS later."""
+    _clock: float = FULL_CLOCK
     _ran: int = 0
     """Requests that ran when the level last rose."""
 
@@ -46,7 +53,13 @@ class PowerGuard:
     async def _watch(self) -> None:
         while True:
             self.observe(await self.read(), time.monotonic())
+            await self._cap_clocks()
             await asyncio.sleep(READ_SECONDS)
+
+    async def _cap_clocks(self) -> None:
+        before, self._clock = self._clock, self.policy.cap(low_priority=False).clock
+        if min(before, self._clock) < FULL_CLOCK:
+            await self.cap(self._clock)
 
     def observe(self, watts: Watts, now: float) -> None:
         """One reading; without any meter nothing is limited."""
@@ -72,10 +85,30 @@ def readings(flow: Flow) -> Callable[[], Awaitable[Watts]]:
     """Asks the workers that `flow` knows."""
 
     async def read() -> Watts:
-        workers = [info for info in flow.directory.workers() if info.role in (Role.PREFILL, Role.DECODE)]
-        return by_domain(await asyncio.gather(*(_ask(flow, info) for info in workers)))
+        return by_domain(await asyncio.gather(*(_ask(flow, info) for info in _engines(flow))))
 
     return read
+
+
+@dataclass(slots=True)
+class Capping:
+    """Caps the clocks of the workers that `flow` knows, and says once of each why that could not be done."""
+
+    flow: Flow
+    _refused: dict[str, str] = field(default_factory=dict)
+
+    async def __call__(self, share: float) -> None:
+        await asyncio.gather(*(self._cap(info, share) for info in _engines(self.flow)))
+
+    async def _cap(self, worker: WorkerInfo, share: float) -> None:
+        why = await self.flow.peers.cap_clock(worker, share, CAP_SECONDS, READ_SECONDS)
+        if why and self._refused.get(worker.worker_id) != why:
+            log.info("%s keeps its clocks: %s", worker.worker_id, why)
+        self._refused[worker.worker_id] = why
+
+
+def _engines(flow: Flow) -> list[WorkerInfo]:
+    return [info for info in flow.directory.workers() if info.role.prefills or info.role.decodes]
 
 
 async def _ask(flow: Flow, worker: WorkerInfo) -> common_pb2.WorkerStatistics:

@@ -28,7 +28,7 @@ from kvmesh_router.gate import Gate
 from kvmesh_router.model import Models
 from kvmesh_router.peers import Peers
 from kvmesh_router.plan_file import PlanFile
-from kvmesh_router.power import PowerGuard, readings
+from kvmesh_router.power import Capping, PowerGuard, readings
 from kvmesh_router.servicer import InferenceServicer, MeshServicer
 from kvmesh_router.status import MeshStatus
 
@@ -97,7 +97,8 @@ def _planned(config: RouterConfig, flow: Flow) -> AbstractAsyncContextManager[No
 def _powered(config: RouterConfig, flow: Flow, ground: Base) -> AbstractAsyncContextManager[None]:
     if config.power_budget is None:
         return nullcontext()
-    return PowerGuard(PowerPolicy(config.power_budget), flow.gate, readings(flow), ground.telemetry.metrics).watching()
+    policy, metrics = PowerPolicy(config.power_budget), ground.telemetry.metrics
+    return PowerGuard(policy, flow.gate, readings(flow), metrics, Capping(flow)).watching()
 
 
 def build_flow(config: RouterConfig, ground: Base, directory: StaticDirectory, stored: Stored) -> Flow:

@@ -5,13 +5,12 @@ The library is given: `nvidia-ml-py`'s pynvml, or whatever has the same function
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
 
 from kvmesh.errors import Unavailable
-from kvmesh.scheduling.power import Cap
 
 MILLI = 1e-3
 
@@ -85,18 +84,21 @@ class NvmlMeter:
 
 
 @dataclass(frozen=True, slots=True)
-class NvmlActuator:
-    """Locks the clocks of workers' accelerators: an `Actuator` of `kvmesh.scheduling.power`."""
+class NvmlClocks:
+    """The clocks of a worker's accelerators."""
 
     library: Nvml
-    handles: Mapping[str, Sequence[Any]]
-    """By worker."""
+    handles: Sequence[Any]
 
-    def cap(self, worker: str, cap: Cap) -> None:
-        """Raises Unavailable if clocks may not be set, or cannot on this accelerator."""
-        for handle in self.handles.get(worker, ()):
+    def cap(self, share: float) -> None:
+        """Locks them at this share of the highest, or frees them at 1.
+
+        Raises:
+            Unavailable: clocks may not be set, or cannot on this accelerator.
+        """
+        for handle in self.handles:
             try:
-                self._lock(handle, cap.clock)
+                self._lock(handle, share)
             except self.library.NVMLError as error:
                 raise Unavailable(self._refusal(error)) from None
 

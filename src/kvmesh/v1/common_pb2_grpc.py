@@ -149,3 +149,84 @@ class WorkerService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PowerServiceStub(object):
+    """What a worker lets others do to its accelerators.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CapClock = channel.unary_unary(
+                '/kvmesh.v1.PowerService/CapClock',
+                request_serializer=kvmesh_dot_v1_dot_common__pb2.CapClockRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_common__pb2.CapClockResponse.FromString,
+                _registered_method=True)
+
+
+class PowerServiceServicer(object):
+    """What a worker lets others do to its accelerators.
+    """
+
+    def CapClock(self, request, context):
+        """Locks the clocks of all accelerators of the worker for a while; the last cap counts.
+
+        Errors:
+        * INVALID_ARGUMENT: the share or the time is out of its range.
+        * FAILED_PRECONDITION: this worker's settings let nobody set clocks.
+        * UNAVAILABLE: clocks cannot be set here, or not without root; the message says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PowerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CapClock': grpc.unary_unary_rpc_method_handler(
+                    servicer.CapClock,
+                    request_deserializer=kvmesh_dot_v1_dot_common__pb2.CapClockRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_common__pb2.CapClockResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvmesh.v1.PowerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvmesh.v1.PowerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PowerService(object):
+    """What a worker lets others do to its accelerators.
+    """
+
+    @staticmethod
+    def CapClock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.PowerService/CapClock',
+            kvmesh_dot_v1_dot_common__pb2.CapClockRequest.SerializeToString,
+            kvmesh_dot_v1_dot_common__pb2.CapClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -92,3 +92,52 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class PowerServiceStub:
+    """What a worker lets others do to its accelerators."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> PowerServiceAsyncStub: ...
+    CapClock: _grpc.UnaryUnaryMultiCallable[_common_pb2.CapClockRequest, _common_pb2.CapClockResponse]
+    """Locks the clocks of all accelerators of the worker for a while; the last cap counts.
+
+    Errors:
+    * INVALID_ARGUMENT: the share or the time is out of its range.
+    * FAILED_PRECONDITION: this worker's settings let nobody set clocks.
+    * UNAVAILABLE: clocks cannot be set here, or not without root; the message says why.
+    """
+
+@_typing.type_check_only
+class PowerServiceAsyncStub(PowerServiceStub):
+    """What a worker lets others do to its accelerators."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    CapClock: _aio.UnaryUnaryMultiCallable[_common_pb2.CapClockRequest, _common_pb2.CapClockResponse]  # type: ignore[assignment]
+    """Locks the clocks of all accelerators of the worker for a while; the last cap counts.
+
+    Errors:
+    * INVALID_ARGUMENT: the share or the time is out of its range.
+    * FAILED_PRECONDITION: this worker's settings let nobody set clocks.
+    * UNAVAILABLE: clocks cannot be set here, or not without root; the message says why.
+    """
+
+class PowerServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What a worker lets others do to its accelerators."""
+
+    @_abc_1.abstractmethod
+    def CapClock(
+        self,
+        request: _common_pb2.CapClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_common_pb2.CapClockResponse, _abc.Awaitable[_common_pb2.CapClockResponse]]:
+        """Locks the clocks of all accelerators of the worker for a while; the last cap counts.
+
+        Errors:
+        * INVALID_ARGUMENT: the share or the time is out of its range.
+        * FAILED_PRECONDITION: this worker's settings let nobody set clocks.
+        * UNAVAILABLE: clocks cannot be set here, or not without root; the message says why.
+        """
+
+def add_PowerServiceServicer_to_server(servicer: PowerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

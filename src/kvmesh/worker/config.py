@@ -43,6 +43,8 @@ class WorkerConfig(ProcessConfig):
     """auto: accelerators, else processors, else none."""
     power_accelerators: tuple[int, ...] | None = None
     """NVML's numbers of those that this worker uses, as in [0, 1]; default: all of the machine."""
+    power_clocks: Literal["none", "nvml"] = "none"
+    """nvml: a router near its power budget may cap the clocks of these accelerators."""
     powercap_path: Path = POWERCAP
     """Where the processors' counters are; in a container perhaps elsewhere."""
     fake_step_seconds: float = Field(0.0, ge=0)

@@ -23,6 +23,7 @@ from kvmesh.registry import Registry
 from kvmesh.rpc.server import Server, Service
 from kvmesh.telemetry import Telemetry
 from kvmesh.types import Role, WorkerInfo
+from kvmesh.worker.clock import ClockCap
 from kvmesh.worker.config import WorkerConfig
 from kvmesh.worker.job import Model
 from kvmesh.worker.meter import Meter
@@ -99,7 +100,9 @@ async def worker_process(
         peers = partial(_peers, ground.registry)
         worker = Worker.build(model, thread, store, pool, peers, traffic, power)
         stack.push_async_callback(worker.leases.close)
-        server = await stack.enter_async_context(ground.serving([one(worker) for one in compose], worker.statistics))
+        clock = await stack.enter_async_context(ClockCap.opened(config))
+        services = [clock.service, *(one(worker) for one in compose)]
+        server = await stack.enter_async_context(ground.serving(services, worker.statistics))
         registration = await stack.enter_async_context(AsyncExitStack())
         await registration.enter_async_context(ground.registered())
         process = WorkerProcess(ground.info, worker, server, registration)

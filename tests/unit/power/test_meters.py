@@ -8,9 +8,8 @@ import pytest
 from kvmesh.errors import Unavailable
 from kvmesh.power.find import first, wattmeter
 from kvmesh.power.meter import Wattmeter
-from kvmesh.power.nvml import NvmlActuator, NvmlMeter, devices
+from kvmesh.power.nvml import NvmlClocks, NvmlMeter, devices
 from kvmesh.power.rapl import RaplMeter
-from kvmesh.scheduling.power import Cap
 
 RANGE = 1_000_000
 
@@ -123,18 +122,16 @@ def test_nvml_without_such_an_accelerator():
 
 def test_nvml_locks_and_frees_clocks():
     library = FakeNvml()
-    actuator = NvmlActuator(library, {"decode-0": ["gpu-0", "gpu-1"], "decode-1": []})
-    actuator.cap("decode-0", Cap(clock=1110 / 1410))
+    clocks = NvmlClocks(library, devices(library))
+    clocks.cap(1110 / 1410)
     assert library.clocks == {"gpu-0": (1110, 1110), "gpu-1": (1110, 1110)}
-    actuator.cap("decode-0", Cap())
+    clocks.cap(1)
     assert library.clocks == {}
-    actuator.cap("decode-1", Cap(clock=0.5))
 
 
 def test_nvml_says_that_it_may_not():
-    actuator = NvmlActuator(FakeNvml(allowed=False), {"decode-0": ["gpu-0"]})
     with pytest.raises(Unavailable, match="clocks may be set by root alone"):
-        actuator.cap("decode-0", Cap(clock=0.5))
+        NvmlClocks(FakeNvml(allowed=False), ["gpu-0"]).cap(0.5)
 
 
 def test_watts_are_joules_over_time():

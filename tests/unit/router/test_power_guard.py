@@ -19,8 +19,12 @@ async def nothing():
     return {}
 
 
-def guard(gate):
-    return PowerGuard(PowerPolicy(1000), gate, nothing, Metrics(NoopInstruments()))
+async def leave_clocks(share):
+    raise AssertionError(share)
+
+
+def guard(gate, read=nothing, cap=leave_clocks):
+    return PowerGuard(PowerPolicy(1000), gate, read, Metrics(NoopInstruments()), cap)
 
 
 def running(count, max_running=100):
@@ -71,6 +75,16 @@ async def test_without_meters_nothing_is_limited():
     async with guard(gate).watching():
         await asyncio.sleep(0)
     assert gate.admission.limit == 100
+
+
+async def test_clocks_are_capped_each_second_while_the_brake_is_on():
+    capped = asyncio.Queue()
+
+    async def read():
+        return {"host": 1100}
+
+    async with guard(Gate(running(8)), read, capped.put).watching(), asyncio.timeout(10):
+        assert [await capped.get() for _ in range(2)] == [pytest.approx(288 / 1410)] * 2
 
 
 def test_what_runs_goes_on_when_the_limit_falls():
