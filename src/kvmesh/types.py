@@ -237,6 +237,23 @@ class WorkerInfo:
 
 
 @dataclass(slots=True)
+class TierCounts:
+    """Of one tier of a store, since the start. `hits` and `misses`: reads that found their chunk here, or looked for it
+    here in vain; `read_bytes`: of the hits. `evictions`: chunks that left for good to make room."""
+
+    hits: int = 0
+    misses: int = 0
+    read_bytes: int = 0
+    admissions: int = 0
+    evictions: int = 0
+    errors: int = 0
+
+    def found(self, size: int) -> None:
+        self.hits += 1
+        self.read_bytes += size
+
+
+@dataclass(slots=True)
 class WorkerStatistics:
     """A reading of one process; units as in `common.proto`."""
 
@@ -265,6 +282,8 @@ class WorkerStatistics:
     published_raw_bytes_total: int = 0
     missed_chunks_total: int = 0
     recomputed_tokens_total: int = 0
+    missed_replicas_total: int = 0
+    tiers: dict[str, TierCounts] = field(default_factory=dict)
     power_watts: float = 0.0
     energy_joules_total: float = 0.0
     power_domain: str = ""

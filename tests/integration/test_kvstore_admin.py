@@ -59,7 +59,8 @@ async def test_a_reading_adds_up(mesh):
     reading = (await admin(mesh, store).tiers())["store"]
     [tier] = reading.tiers
     assert (tier.chunks, tier.used_bytes, tier.budget_bytes) == (3, 3 * CHUNK, 3 * CHUNK)
-    assert (tier.hits, tier.admissions, tier.evictions) == (3, 4, 1)
+    assert (tier.hits, tier.misses, tier.read_bytes) == (3, 1, 3 * CHUNK)
+    assert (tier.admissions, tier.evictions) == (4, 1)
     assert (reading.hits, reading.misses, reading.damaged) == (3, 1, 0)
     assert {t.tenant: t.chunks for t in reading.tenants} == {tenant_of("a"): 1, tenant_of("b"): 2}
     assert sum(t.used_bytes for t in reading.tenants) == tier.used_bytes

@@ -130,6 +130,33 @@ async def test_what_was_seen_once_drives_nothing_out(redis_client):
     assert await remote.find([offer(i).key for i in (1, 2, 3)]) == {offer(3).key}
 
 
+async def test_a_tenant_gives_of_its_own_before_it_exceeds_its_quota(redis_client):
+    remote = tier(redis_client, BUCKETS * 10 * SIZE, quota=BUCKETS * 2 * SIZE)
+    other = replace(offer(9), tenant=b"o" * 16)
+    for each in (other, offer(1), offer(2)):
+        await remote.put(each, BITS, hot=False)
+        await asyncio.sleep(0.002)
+    await remote.put(offer(3), BITS, hot=False)
+    assert remote.counters.refused == 1
+    await remote.put(offer(3), BITS, hot=True)
+    keys = [offer(i).key for i in (1, 2, 3, 9)]
+    assert await remote.find(keys) == set(keys[1:])
+    assert await remote.usage() == (3, 3 * SIZE)
+    await remote.delete(offer(2).key)
+    await remote.put(offer(1), BITS, hot=False)
+    assert await remote.find(keys) == {keys[0], *keys[2:]}
+    assert (remote.counters.refused, remote.counters.evictions) == (1, 1)
+
+
+async def test_the_ledger_is_empty_when_nothing_is_there(redis_client):
+    remote = tier(redis_client, quota=1 << 18)
+    for i in (1, 1, 2):
+        await remote.put(offer(i), BITS, hot=True)
+    await remote.clear()
+    left = [name async for name in redis_client.scan_iter(match="kvmesh:*")]
+    assert [await redis_client.get(name) for name in left] == [b"0"]
+
+
 async def test_what_nobody_reads_expires_and_its_bytes_with_it(redis_client):
     remote = tier(redis_client, ttl=0.05)
     await remote.put(offer(1), BITS, hot=True)
@@ -214,7 +241,8 @@ async def test_what_a_store_lets_go_is_found_again(mesh, server, redis_client):
     heir = await mesh.start("heir", **settings)
     assert await mesh.get(ticket_for(heir, salt="a")) == sent
     reading = await unary(_admin(mesh, heir).GetTiers(pb.GetTiersRequest()))
-    assert {t.tier: t.hits for t in reading.tiers} == {pb.CHUNK_TIER_MEMORY: 0, pb.CHUNK_TIER_REMOTE: 2}
+    found = {t.tier: (t.hits, t.misses, t.read_bytes) for t in reading.tiers}
+    assert found == {pb.CHUNK_TIER_MEMORY: (0, 2, 0), pb.CHUNK_TIER_REMOTE: (2, 0, sum(map(len, sent)))}
     await heir.vault.settle()
     evicted = await unary(_admin(mesh, heir).EvictChunks(pb.EvictChunksRequest(all=True)))
     assert evicted.evicted >= 4

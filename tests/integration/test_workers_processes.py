@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kvmesh import redis_server
+from kvmesh.process.main import SUPERSEDED
 from kvmesh.redis_server import RedisServer
 from kvmesh.registry import Registry
 from kvmesh.rpc.probe import serving
@@ -43,6 +44,25 @@ async def test_registered_serving_and_drained(redis: RedisServer, service: str, 
     assert process.returncode == 0, log.decode()
     assert "Traceback" not in log.decode()
     assert await registry.list() == []
+    await registry.close()
+
+
+@pytest.mark.parametrize("service", ["kvmesh_decode", "kvmesh_kvstore", "kvmesh_router"])
+async def test_who_lost_its_name_to_a_younger_process_ends(redis: RedisServer, service: str) -> None:
+    registry = Registry(redis.url)
+    settings = {"KVMESH_REDIS_URL": redis.url, "KVMESH_WORKER_ID": "one", "KVMESH_REGISTRY_TTL": "0.6"}
+    settings |= {} if service == "kvmesh_kvstore" else {"KVMESH_MODEL": "fake"}
+    old = await launch(service, **settings)
+    async with asyncio.timeout(60):
+        await eventually(registry.list)
+        young = await launch(service, **settings)
+        _, log = await old.communicate()
+        assert old.returncode == SUPERSEDED, log.decode()
+        assert "one was superseded" in log.decode()
+        assert [info.pid for info in await registry.list()] == [young.pid]
+        young.send_signal(signal.SIGTERM)
+        await young.communicate()
+    assert young.returncode == 0
     await registry.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from kvmesh.errors import InvalidArgument
-from kvmesh.types import TENANT_BYTES
+from kvmesh.types import TENANT_BYTES, TierCounts
 from kvmesh.v1 import kvstore_pb2 as pb
 from kvmesh.v1 import kvstore_pb2_grpc as grpc_pb
 from kvmesh_kvstore.chunks import Entry, Tier
@@ -160,28 +160,26 @@ def _described(entry: Entry) -> pb.StoredChunk:
 
 
 def _tier(shelf: Shelf) -> pb.TierReading:
-    return pb.TierReading(
-        tier=TIER[shelf.tier],
-        budget_bytes=shelf.budget,
-        used_bytes=shelf.used,
-        chunks=len(shelf),
-        hits=shelf.hits,
-        admissions=shelf.admissions,
-        evictions=shelf.evictions,
-        errors=shelf.errors,
-    )
+    return _reading(shelf.tier, shelf.budget, shelf.used, len(shelf), shelf.counters)
 
 
 async def _remote_tier(remote: RemoteTier) -> pb.TierReading:
     chunks, used = await remote.usage()
-    counters = remote.counters
+    reading = _reading(Tier.REMOTE, remote.budget, used, chunks, remote.counters)
+    reading.errors += remote.counters.dropped
+    return reading
+
+
+def _reading(tier: Tier, budget: int, used: int, chunks: int, counts: TierCounts) -> pb.TierReading:
     return pb.TierReading(
-        tier=pb.CHUNK_TIER_REMOTE,
-        budget_bytes=remote.budget,
+        tier=TIER[tier],
+        budget_bytes=budget,
         used_bytes=used,
         chunks=chunks,
-        hits=counters.hits,
-        admissions=counters.admissions,
-        evictions=counters.evictions,
-        errors=counters.errors + counters.dropped,
+        hits=counts.hits,
+        misses=counts.misses,
+        read_bytes=counts.read_bytes,
+        admissions=counts.admissions,
+        evictions=counts.evictions,
+        errors=counts.errors,
     )

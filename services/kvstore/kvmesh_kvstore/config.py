@@ -34,13 +34,22 @@ class KvStoreConfig(ProcessConfig):
     pull_delay: float = Field(default=5.0, ge=0)
     """How long the mesh must have had the same stores before."""
     tenant_quota: float | None = Field(default=None, gt=0)
-    """What chunks of one cache salt may take: bytes, or up to 1 a share of memory and disk together."""
+    """What chunks of one cache salt may take: bytes, or up to 1 a share, of memory and disk together and again of the
+    remote tier."""
 
     @property
     def quota_bytes(self) -> int | None:
-        if self.tenant_quota is None or self.tenant_quota > 1:
-            return None if self.tenant_quota is None else int(self.tenant_quota)
-        return int(self.tenant_quota * (self.memory_bytes + self.disk_bytes))
+        """Of memory and disk together."""
+        return self._quota_of(self.memory_bytes + self.disk_bytes)
+
+    @property
+    def blob_quota_bytes(self) -> int | None:
+        """Of the remote tier."""
+        return self._quota_of(self.blob_bytes)
+
+    def _quota_of(self, budget: int) -> int | None:
+        quota = self.tenant_quota
+        return None if quota is None else int(quota if quota > 1 else quota * budget)
 
     @model_validator(mode="after")
     def _tiers(self) -> Self:

@@ -52,7 +52,7 @@ class Moves:
             # A disk that is full or failing is not asked for more than it holds.
             log.error("cannot write to disk, which is from now on limited to what it holds: %s", error)
             self._store.disk.budget = self._store.disk.used
-            self._store.disk.errors += 1
+            self._store.disk.counters.errors += 1
             return False
         if stored and entry not in self._store:
             await self._blobs.delete_file(entry)

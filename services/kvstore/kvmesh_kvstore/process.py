@@ -41,8 +41,8 @@ POOL_THREADS = 4
 class KvStoreProcess:
     """A kvstore that serves and is registered."""
 
-    def __init__(self, info: WorkerInfo, vault: Vault, server: Server, presence: AsyncExitStack) -> None:
-        self.info, self.vault = info, vault
+    def __init__(self, ground: Base, vault: Vault, server: Server, presence: AsyncExitStack) -> None:
+        self.info, self.superseded, self.vault = ground.info, ground.superseded, vault
         self._server, self._presence = server, presence
 
     async def failed(self) -> None:
@@ -79,16 +79,16 @@ async def kvstore(config: KvStoreConfig, *, stall_seconds: float = STALL_SECONDS
         vault = Vault(store, Blobs(pool, _disk(config)), EventLog(), announcer=announcer, remote=remote)
         await vault.open()
         stack.push_async_callback(vault.close)
-        meter = Meter(store, ground.telemetry.metrics)
+        meter = Meter(store, ground.telemetry.metrics, remote)
         services = _services(vault, ground.info.epoch, stall_seconds)
         server = await stack.enter_async_context(ground.serving(services, partial(_statistics, vault, meter)))
         presence = await stack.enter_async_context(AsyncExitStack())
         await presence.enter_async_context(background(_sweep(vault, meter), "sweep"))
-        presence.push_async_callback(announcer.withdraw)
+        presence.push_async_callback(partial(_withdraw, ground, announcer))
         await presence.enter_async_context(background(announcer.run(), "announcer"))
         await presence.enter_async_context(ground.registered())
         await presence.enter_async_context(_pulling(config, ground, vault))
-        yield KvStoreProcess(ground.info, vault, server, presence)
+        yield KvStoreProcess(ground, vault, server, presence)
 
 
 def _description(config: KvStoreConfig) -> WorkerInfo:
@@ -116,6 +116,12 @@ def _services(vault: Vault, epoch: int, stall_seconds: float) -> list[Service]:
     ]
 
 
+async def _withdraw(ground: Base, announcer: Announcer) -> None:
+    """Unless a younger process announces its own chunks under this name by now."""
+    if not ground.superseded.is_set():
+        await announcer.withdraw()
+
+
 def _disk(config: KvStoreConfig) -> DiskTier | None:
     return DiskTier(config.disk_path) if config.disk_bytes and config.disk_path else None
 
@@ -139,7 +145,8 @@ async def _remote(config: KvStoreConfig) -> AsyncIterator[RemoteTier | None]:
         yield None
         return
     redis = connect(config.blob_url, config.blob_timeout)
-    remote = RemoteTier(redis, config.blob_bytes, ttl=config.blob_ttl, timeout=config.blob_timeout)
+    limits = {"ttl": config.blob_ttl, "timeout": config.blob_timeout}
+    remote = RemoteTier(redis, config.blob_bytes, quota=config.blob_quota_bytes, **limits)
     try:
         async with background(remote.run(), "remote tier"):
             yield remote

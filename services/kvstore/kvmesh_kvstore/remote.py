@@ -7,11 +7,13 @@ Keys are spread over BUCKETS, each with a hash tag of its own, so that one scrip
 
     kvmesh:{blobs:7}:blob:KEY   label and bitstream; expires when it has not been read for `ttl`
     kvmesh:{blobs:7}:uses       sorted set of keys by the time of last use, in ms
-    kvmesh:{blobs:7}:sizes      hash of bytes by key
-    kvmesh:{blobs:7}:used       their sum
+    kvmesh:{blobs:7}:sizes      hash of bytes and tenant by key
+    kvmesh:{blobs:7}:used       the sum of the bytes
+    kvmesh:{blobs:7}:tenants    the same of each tenant
 
-A blob is written before these name it, and each bucket evicts within its share of the budget. Cold chunks are taken
-only where there is room: one that was seen once drives nothing out. Knows no lease.
+A blob is written before these name it, and each bucket evicts within its share of the budget and of each tenant's
+quota (`ledger`). Cold chunks are taken only where there is room: one that was seen once drives nothing out. Knows no
+lease.
 """
 
 from __future__ import annotations
@@ -26,76 +28,39 @@ from typing import Any, TypeVar
 
 from redis.exceptions import RedisClusterException, RedisError
 
+from kvmesh.types import TierCounts
 from kvmesh_kvstore.chunks import Entry, Offer
 from kvmesh_kvstore.label import label_bytes, pack, unpack
+from kvmesh_kvstore.ledger import FORGET, REFERENCE
 
 BUCKETS = 16
 RETRY_SECONDS = 2.0
 MAX_QUEUED_BYTES = 64 << 20
-REFERENCE = """
-local size, now, budget = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
-local uses, sizes, used = KEYS[2], KEYS[3], KEYS[4]
-local function forget(key)
-  redis.call('UNLINK', ARGV[7] .. key)
-  redis.call('ZREM', uses, key)
-  redis.call('DECRBY', used, redis.call('HGET', sizes, key) or 0)
-  redis.call('HDEL', sizes, key)
-end
-for _, key in ipairs(redis.call('ZRANGEBYSCORE', uses, '-inf', now - tonumber(ARGV[4]))) do
-  if key ~= ARGV[1] then forget(key) end
-end
-local room = budget - tonumber(redis.call('GET', used) or 0) + tonumber(redis.call('HGET', sizes, ARGV[1]) or 0)
-if size > budget or (size > room and ARGV[6] == '0') then
-  if redis.call('HEXISTS', sizes, ARGV[1]) == 0 then redis.call('UNLINK', KEYS[1]) end
-  return {0, 0}
-end
-local evicted = 0
-while size > room do
-  local oldest = redis.call('ZRANGE', uses, 0, 1)
-  local key = oldest[1] ~= ARGV[1] and oldest[1] or oldest[2]
-  if not key then break end
-  room = room + tonumber(redis.call('HGET', sizes, key))
-  forget(key)
-  evicted = evicted + 1
-end
-redis.call('INCRBY', used, size - tonumber(redis.call('HGET', sizes, ARGV[1]) or 0))
-redis.call('HSET', sizes, ARGV[1], size)
-redis.call('ZADD', uses, now, ARGV[1])
-return {1, evicted}
-"""
-"""KEYS blob, uses, sizes, used; ARGV key, bytes, now in ms, time to live in ms, budget, hot, prefix of blobs."""
-FORGET = """
-redis.call('UNLINK', KEYS[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('DECRBY', KEYS[4], redis.call('HGET', KEYS[3], ARGV[1]) or 0)
-return redis.call('HDEL', KEYS[3], ARGV[1])
-"""
-"""KEYS as above; ARGV key."""
-
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class RemoteCounters:
-    """Since the start, of this process alone. `refused`: cold chunks for which there was no room; `dropped`: chunks
-    that came faster than they could be written."""
+class RemoteCounters(TierCounts):
+    """Since the start, of this process alone. `refused`: chunks for which there was no room; `dropped`: chunks that
+    came faster than they could be written."""
 
-    hits: int = 0
-    admissions: int = 0
-    evictions: int = 0
     refused: int = 0
     dropped: int = 0
-    errors: int = 0
 
 
 class RemoteTier:
-    """`redis`: a client of redis-py, asyncio, single or cluster, that decodes nothing. Times in seconds."""
+    """`redis`: a client of redis-py, asyncio, single or cluster, that decodes nothing. Times in seconds.
 
-    def __init__(self, redis: Any, budget: int, *, ttl: float = 86_400.0, timeout: float = 0.5) -> None:
+    `budget` and `quota`, that of each tenant (None: no limit), in bytes, for all stores together.
+    """
+
+    def __init__(
+        self, redis: Any, budget: int, *, quota: int | None = None, ttl: float = 86_400.0, timeout: float = 0.5
+    ) -> None:
         self._redis, self._timeout = redis, timeout
-        self.budget = budget
+        self.budget, self._quota = budget, budget if quota is None else min(quota, budget)
         self._ttl_ms = int(ttl * 1000)
         self.counters = RemoteCounters()
         self._away_until = 0.0
@@ -107,7 +72,7 @@ class RemoteTier:
 
     def wants(self, entry: Entry) -> bool:
         """Is a chunk worth the way? A tail is nobody else's."""
-        return entry.owner is None and self._present and entry.size <= self.budget // BUCKETS
+        return entry.owner is None and self._present and entry.size <= self._quota // BUCKETS
 
     def offer(self, offer: Offer, bitstream: bytes, hot: bool) -> None:
         """To be written by `run`; dropped if too much is waiting already."""
@@ -133,7 +98,8 @@ class RemoteTier:
         keys, blob = _keys(offer.key), pack(offer) + bitstream
         await self._redis.set(keys[0], blob, px=self._ttl_ms)
         limits = (len(blob), _now_ms(), self._ttl_ms, self.budget // BUCKETS, int(hot))
-        taken, evicted = await self._redis.eval(REFERENCE, 4, *keys, offer.key, *limits, keys[0][: -len(offer.key)])
+        owner = (keys[0][: -len(offer.key)], offer.tenant.hex(), self._quota // BUCKETS)
+        taken, evicted = await self._redis.eval(REFERENCE, len(keys), *keys, offer.key, *limits, *owner)
         self.counters.admissions += taken
         self.counters.evictions += evicted
         self.counters.refused += not taken
@@ -162,18 +128,19 @@ class RemoteTier:
         """What is there under a key, not verified yet; None is a miss."""
 
         async def ask() -> bytes | None:
-            blob, uses, _, _ = _keys(key)
+            blob, uses, *_ = _keys(key)
             content: bytes | None = await self._redis.getex(blob, px=self._ttl_ms)
             if content is not None:
                 await self._redis.zadd(uses, {key: _now_ms()}, xx=True)
             return content
 
         if (content := await self._ask(ask, None)) is None:
+            self.counters.misses += 1
             return None
         if (offer := unpack(content)) is None:
             await self.reject(key)
             return None
-        self.counters.hits += 1
+        self.counters.found(offer.size)
         return offer, content[label_bytes(offer) :]
 
     async def reject(self, key: bytes) -> None:
@@ -183,7 +150,7 @@ class RemoteTier:
 
     async def delete(self, key: bytes) -> bool:
         """Was it there?"""
-        return bool(await self._ask(lambda: self._redis.eval(FORGET, 4, *_keys(key), key), 0))
+        return bool(await self._ask(lambda: self._redis.eval(FORGET, len(_keys(key)), *_keys(key), key), 0))
 
     # For operators
 
@@ -192,7 +159,7 @@ class RemoteTier:
 
         async def ask() -> tuple[int, int]:
             async with self._redis.pipeline(transaction=False) as pipe:
-                for uses, _, used in map(_names, range(BUCKETS)):
+                for uses, _, used, _ in map(_names, range(BUCKETS)):
                     pipe.zcard(uses)
                     pipe.get(used)
                 answers = await pipe.execute()
@@ -249,11 +216,11 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _names(bucket: int) -> tuple[bytes, bytes, bytes]:
+def _names(bucket: int) -> tuple[bytes, bytes, bytes, bytes]:
     root = f"kvmesh:{{blobs:{bucket}}}:".encode()
-    return root + b"uses", root + b"sizes", root + b"used"
+    return root + b"uses", root + b"sizes", root + b"used", root + b"tenants"
 
 
-def _keys(key: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+def _keys(key: bytes) -> tuple[bytes, ...]:
     bucket = key[0] % BUCKETS
     return f"kvmesh:{{blobs:{bucket}}}:blob:".encode() + key, *_names(bucket)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
+from kvmesh.types import TierCounts
 from kvmesh_kvstore.chunks import Entry, Offer, Tier
 
 TRIAL_SHARE = 0.1
@@ -21,15 +22,12 @@ GHOSTS = 65_536
 
 @dataclass(slots=True)
 class Shelf:
-    """One tier. `budget` and `used` in bytes; the rest counts chunks since the start."""
+    """One tier. `budget` and `used` in bytes."""
 
     tier: Tier
     budget: int
     used: int = 0
-    hits: int = 0
-    admissions: int = 0
-    evictions: int = 0
-    errors: int = 0
+    counters: TierCounts = field(default_factory=TierCounts)
     trial: OrderedDict[bytes, Entry] = field(default_factory=OrderedDict)
     main: OrderedDict[bytes, Entry] = field(default_factory=OrderedDict)
     _trial_used: int = 0
@@ -50,7 +48,7 @@ class Shelf:
         self._queue(entry)[entry.key] = entry
         self.used += entry.size
         self._trial_used += 0 if entry.hot else entry.size
-        self.admissions += 1
+        self.counters.admissions += 1
 
     def discard(self, entry: Entry) -> None:
         del self._queue(entry)[entry.key]

@@ -104,6 +104,14 @@ class ChunkStore:
             self.accounts.touch(entry)
         return entry
 
+    def count_read(self, tier: Tier | None, size: int) -> None:
+        """A read found its chunk in `tier`, None: in neither; those above it were asked in vain."""
+        for shelf in self.shelves:
+            if shelf.tier is tier:
+                shelf.counters.found(size)
+                return
+            shelf.counters.misses += bool(shelf.budget)
+
     # Coming, moving, going
 
     def place(self, offer: Offer) -> Decision | None:
@@ -172,7 +180,7 @@ class ChunkStore:
         """Forgets a chunk to make room; False if it is not here any more."""
         if not self.remove(entry):
             return False
-        self.shelf(entry.tier).evictions += 1
+        self.shelf(entry.tier).counters.evictions += 1
         if not entry.hot:
             self._ghosts.add(entry.key)
         return True

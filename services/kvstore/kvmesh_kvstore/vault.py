@@ -169,7 +169,9 @@ class Vault:
     async def read(self, key: bytes) -> tuple[Traits, bytes] | None:
         """A chunk and its bitstream, verified just now. None: in no tier, or found damaged and dropped."""
         entry = self.store.get(key)
+        tier = entry.tier if entry else None
         chunk = await self._read_here(entry) if entry else None
+        self.store.count_read(tier if chunk else None, len(chunk[1]) if chunk else 0)
         if chunk is None and self.remote is not None:
             chunk = await self._recall(self.remote, key)
         self.store.counters.hits += chunk is not None
@@ -177,12 +179,10 @@ class Vault:
         return chunk
 
     async def _read_here(self, entry: Entry) -> tuple[Traits, bytes] | None:
-        tier = entry.tier
+        on_disk = entry.tier is Tier.DISK
         chunk = await self.verified(entry)
-        if chunk is not None:
-            self.store.shelf(tier).hits += 1
-            if tier is Tier.DISK and not self._room.locked():
-                self._background(self._promote(entry, chunk[1]))
+        if chunk is not None and on_disk and not self._room.locked():
+            self._background(self._promote(entry, chunk[1]))
         return chunk
 
     async def verified(self, entry: Entry) -> tuple[Traits, bytes] | None:
@@ -195,7 +195,7 @@ class Vault:
             if entry in self.store:
                 log.error("chunk %s was damaged in %s and is dropped", entry.key.hex(), entry.tier)
                 self.store.counters.damaged += 1
-                self.store.shelf(entry.tier).errors += 1
+                self.store.shelf(entry.tier).counters.errors += 1
                 await asyncio.shield(self._background(self.drop(entry)))
         return None
 

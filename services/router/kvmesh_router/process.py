@@ -5,6 +5,7 @@ Reads no environment and handles no signal: `__main__` does. Tests enter `router
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from kvmesh_router.status import MeshStatus
 @dataclass(slots=True)
 class RouterProcess:
     info: WorkerInfo
+    superseded: asyncio.Event
     flow: Flow
     status: MeshStatus
     server: Server
@@ -84,7 +86,7 @@ async def serve_router(
         ground.serving(_services(config, flow, status), status.statistics) as server,
         AsyncExitStack() as presence,
     ):
-        yield RouterProcess(ground.info, flow, status, server, presence)
+        yield RouterProcess(ground.info, ground.superseded, flow, status, server, presence)
     await flow.janitor.close()
 
 

@@ -19,7 +19,8 @@ def status(
         bool, typer.Option("--check", help="Run the integrity check of every pool; fail on a bad one.")
     ] = False,
 ) -> None:
-    """Show each service with its load, blocks (used/cached/total), leases in use, and what codecs save and store."""
+    """Show each service with its load, blocks (used/cached/total), leases, what codecs save and store, reads of tiers
+    (hits/misses and bytes), and what was missed (chunks/replicas)."""
     with connect(address) as client:
         workers = client.status(check)
     if json:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 from rich.table import Table
 
+from kvmesh.types import TierCounts
+
 if TYPE_CHECKING:
     from kvmesh.v1 import kvstore_pb2 as pb
 
@@ -17,7 +19,8 @@ Tiers = Mapping[str, "pb.GetTiersResponse"]
 Chunks = Mapping[str, Sequence["pb.StoredChunk"]]
 
 TIER_COLUMNS = (
-    "store", "tier", "chunks", "used", "budget", "hit rate", "hits", "admissions", "evictions", "errors"
+    "store", "tier", "chunks", "used", "budget", "hit rate", "hits", "misses", "read", "admissions", "evictions",
+    "errors",
 )  # fmt: skip
 CHUNK_COLUMNS = ("key", "store", "tier", "size", "raw", "layers", "leases", "seen", "tenant", "namespace")
 SHORT = 12
@@ -43,15 +46,21 @@ def qualities(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ×{count}" for name, count in sorted(counts.items(), key=lambda c: -c[1])) or "-"
 
 
+def reads_of(tiers: Mapping[str, TierCounts]) -> str:
+    """Of each tier hits, misses and bytes read: 'memory 12/3 1.5 MiB, remote 1/2 8 KiB'; '-' for none."""
+    return ", ".join(f"{name} {t.hits}/{t.misses} {size(t.read_bytes)}" for name, t in tiers.items()) or "-"
+
+
 def tiers_table(tiers: Tiers) -> Table:
     table = Table(*TIER_COLUMNS, box=None, pad_edge=False)
     for store, reading in tiers.items():
-        reads = reading.hits + reading.misses
         for tier in reading.tiers:
+            reads = tier.hits + tier.misses
             rate = f"{tier.hits / reads:.1%}" if reads else "-"
-            counts = (tier.hits, tier.admissions, tier.evictions, tier.errors)
+            found = (str(tier.hits), str(tier.misses), size(tier.read_bytes))
+            counts = (tier.admissions, tier.evictions, tier.errors)
             sizes = (size(tier.used_bytes), size(tier.budget_bytes))
-            table.add_row(store, _tier(tier.tier), str(tier.chunks), *sizes, rate, *map(str, counts))
+            table.add_row(store, _tier(tier.tier), str(tier.chunks), *sizes, rate, *found, *map(str, counts))
     return table
 
 

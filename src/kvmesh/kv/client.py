@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from kvmesh.errors import DeadlineExceeded, KvmeshError, Unavailable
 from kvmesh.kv.bitstream import MAX_BITSTREAM_BYTES
-from kvmesh.kv.reading import MAX_KEYS, Channels, Fetched, Reader, name
+from kvmesh.kv.reading import MAX_KEYS, Channels, Fetched, Observe, Reader, name, unobserved
 from kvmesh.kv.silence import Silence
 from kvmesh.kv.ticket import candidates, owners, parent_of
 from kvmesh.rpc.stream import AwaitableCall, unary
@@ -111,10 +111,15 @@ class StoreClient:
                 each.cancel()
 
     def get(
-        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float
+        self,
+        ticket: KvTicket,
+        chunks: Sequence[ChunkRef],
+        *,
+        timeout_per_chunk: float,
+        observe: Observe = unobserved,
     ) -> AsyncGenerator[tuple[ChunkRef, bytes | None], None]:
         """The bitstreams of `chunks`, in their order; None is a miss. See `Reader.get`."""
-        return self._reader.get(ticket, chunks, timeout_per_chunk=timeout_per_chunk)
+        return self._reader.get(ticket, chunks, timeout_per_chunk=timeout_per_chunk, observe=observe)
 
     async def fetch(self, ticket: KvTicket, chunk: ChunkRef, *, layers: int = 0, timeout: float) -> Fetched | None:
         """One chunk, or its first `layers` quality layers; None is a miss. See `Reader.fetch`."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -56,6 +56,13 @@ class Fetched:
     source: int = 0
 
 
+Observe = Callable[[int, float, int], None]
+"""Told of a source, by its index, how many seconds it took for how many bytes; 0 if it failed."""
+
+
+def unobserved(source: int, seconds: float, size: int) -> None: ...
+
+
 class Reader:
     """`max_chunk_bytes`: larger ones are not taken. Sources that were silent lately are asked last."""
 
@@ -82,7 +89,12 @@ class Reader:
         return None
 
     async def get(
-        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float
+        self,
+        ticket: KvTicket,
+        chunks: Sequence[ChunkRef],
+        *,
+        timeout_per_chunk: float,
+        observe: Observe = unobserved,
     ) -> AsyncGenerator[tuple[ChunkRef, bytes | None], None]:
         """The bitstreams of `chunks`, in their order, while all sources stream at once; None is a miss.
 
@@ -94,7 +106,7 @@ class Reader:
             routes.setdefault(candidates(ticket, chunk), []).append(chunk)
         queues = {route: asyncio.Queue[bytes | None](READ_AHEAD) for route in routes}
         pumps = [
-            asyncio.create_task(self._pump(ticket, route, theirs, timeout_per_chunk, queues[route]))
+            asyncio.create_task(self._pump(ticket, route, theirs, timeout_per_chunk, queues[route], observe))
             for route, theirs in routes.items()
         ]
         try:
@@ -112,6 +124,7 @@ class Reader:
         chunks: Sequence[ChunkRef],
         timeout: float,
         queue: asyncio.Queue[bytes | None],
+        observe: Observe,
     ) -> None:
         """Puts exactly one result for each chunk: a consumer waits for it."""
         left, sources, missed = deque(chunk.key for chunk in chunks), deque(self._silence.last(ticket, route)), 0
@@ -122,11 +135,14 @@ class Reader:
                     async for found in results:
                         if found is None and missed + 1 < len(sources):
                             break
+                        if found is not None:
+                            observe(sources[0], found.seconds, len(found.bits))
                         await queue.put(found.bits if found else None)
                         left.popleft()
                         missed = 0
             except Exception as error:  # whatever it is, the consumer must not wait for ever
                 self._silence.note(source.address)
+                observe(sources[0], timeout, 0)
                 log.warning("%s lost %d chunks: %s", name(source), len(left), error or type(error).__name__)
                 sources.popleft()
                 missed = 0

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import isawaitable
 
 from kvmesh import __version__
@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Base:
-    """`info.address` is empty until the process serves."""
+    """`info.address` is empty until the process serves. `superseded`: a younger process has taken its worker_id."""
 
     config: ProcessConfig
     info: WorkerInfo
     registry: Registry
     telemetry: Telemetry
     channels: ChannelPool
+    superseded: asyncio.Event = field(default_factory=asyncio.Event)
 
     @asynccontextmanager
     async def serving(self, services: Sequence[Service], statistics: ReadStatistics) -> AsyncIterator[Server]:
@@ -66,7 +67,7 @@ class Base:
 
     def registered(self) -> AbstractAsyncContextManager[Registration]:
         """In the registry until the block is left; only once it serves."""
-        return self.registry.register(self.info)
+        return self.registry.register(self.info, self.superseded)
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """What the `__main__` of a service does: read the config, run until told to stop, drain.
 
-Exit status: 0 after SIGTERM or SIGINT, 1 if it could not start or go on, 2 for a bad config.
+Exit status: 0 after SIGTERM or SIGINT, 1 if it could not start or go on, 2 for a bad config, SUPERSEDED if a younger
+process has taken its worker_id: a supervisor should not start it again, for the two would take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvmesh.loop import run
 from kvmesh.process.config import ProcessConfig, read
 from kvmesh.types import WorkerInfo
 
+SUPERSEDED = 3
 log = logging.getLogger(__name__)
 C = TypeVar("C", bound=ProcessConfig)
 
@@ -27,6 +29,10 @@ class Running(Protocol):
 
     @property
     def info(self) -> WorkerInfo: ...
+
+    @property
+    def superseded(self) -> asyncio.Event:
+        """A younger process has its worker_id: nobody is sent to this one any more."""
 
     async def failed(self) -> None:
         """Returns when the service is beyond help; that may be never."""
@@ -45,14 +51,16 @@ def main(config_type: type[C], start: Callable[[C], AbstractAsyncContextManager[
     config = read(config_type)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        run(serve_until_signalled(start(config), config.drain_grace))
+        status = run(serve_until_signalled(start(config), config.drain_grace))
     except KvmeshError as error:
         sys.exit(f"cannot serve: {error}")
-    sys.exit(0)
+    sys.exit(status)
 
 
-async def serve_until_signalled(service: AbstractAsyncContextManager[Running], grace: float) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a signal before it serves ends it at once.
+async def serve_until_signalled(service: AbstractAsyncContextManager[Running], grace: float) -> int:
+    """Serves until SIGTERM, SIGINT or superseded, then drains; a signal before it serves ends it at once.
+
+    Returns the exit status.
 
     Raises:
         Unavailable: the service failed.
@@ -67,13 +75,16 @@ async def serve_until_signalled(service: AbstractAsyncContextManager[Running], g
         if stop.is_set():
             starting.cancel()
             await asyncio.wait([starting])
-            return
+            return 0
         process = await starting
         log.info("%s serves at %s", process.info.worker_id, process.info.address)
-        await _first(stop.wait(), process.failed())
-        if not stop.is_set():
+        await _first(stop.wait(), process.superseded.wait(), process.failed())
+        if not stop.is_set() and not process.superseded.is_set():
             raise Unavailable("the service failed; the log says how")
+        if process.superseded.is_set():
+            log.error("%s was superseded: it finishes what runs and ends", process.info.worker_id)
         await process.drain(grace)
+        return SUPERSEDED if process.superseded.is_set() else 0
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

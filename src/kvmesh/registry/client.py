@@ -46,12 +46,12 @@ class Snapshot:
 class Registration:
     """A worker's entry, kept alive while `Registry.register` is open."""
 
-    def __init__(self, info: WorkerInfo) -> None:
+    def __init__(self, info: WorkerInfo, superseded: asyncio.Event | None = None) -> None:
         self.info = info
         self.payload = encode(info)
         self.registered = asyncio.Event()
         """Redis holds the entry, as of the last heartbeat."""
-        self.superseded = asyncio.Event()
+        self.superseded = superseded or asyncio.Event()
         """A process of the same worker_id and a higher epoch has taken over; this one no longer registers."""
 
 
@@ -79,9 +79,12 @@ class Registry:
         return self._last_epoch
 
     @asynccontextmanager
-    async def register(self, info: WorkerInfo) -> AsyncIterator[Registration]:
-        """Registers and beats every ttl / 3 until the block is left, then deregisters. Redis may come and go."""
-        registration = Registration(info)
+    async def register(self, info: WorkerInfo, superseded: asyncio.Event | None = None) -> AsyncIterator[Registration]:
+        """Registers and beats every ttl / 3 until the block is left, then deregisters. Redis may come and go.
+
+        `superseded` is set once a younger process has the name.
+        """
+        registration = Registration(info, superseded)
         await self._try_beat(registration)
         try:
             async with background(self._keep_beating(registration), f"heartbeat of {info.worker_id}"):

@@ -20,6 +20,7 @@ from kvmesh.types import (
     PositionLogprobs,
     Role,
     SamplingParams,
+    TierCounts,
     TokenBatch,
     TokenLogprob,
     WorkerCapacity,
@@ -261,7 +262,9 @@ def worker_info_from_proto(info: pb.WorkerInfo) -> WorkerInfo:
 
 
 def statistics_to_proto(statistics: WorkerStatistics) -> pb.WorkerStatistics:
-    return pb.WorkerStatistics(**{name: getattr(statistics, name) for name in _STATISTICS})
+    tiers = {name: pb.TierCounts(**{f: getattr(counts, f) for f in _TIER}) for name, counts in statistics.tiers.items()}
+    others = {name: getattr(statistics, name) for name in _STATISTICS if name != "tiers"}
+    return pb.WorkerStatistics(**others, tiers=tiers)
 
 
 def statistics_from_proto(statistics: pb.WorkerStatistics) -> WorkerStatistics:
@@ -270,10 +273,12 @@ def statistics_from_proto(statistics: pb.WorkerStatistics) -> WorkerStatistics:
         **scalars,
         integrity_errors=list(statistics.integrity_errors),
         chunks_by_quality=dict(statistics.chunks_by_quality),
+        tiers={name: TierCounts(**{f: getattr(counts, f) for f in _TIER}) for name, counts in statistics.tiers.items()},
     )
 
 
 # Same names on both sides; the tests hold them to it.
 _CAPACITY = tuple(WorkerCapacity.__dataclass_fields__)
 _STATISTICS = tuple(WorkerStatistics.__dataclass_fields__)
-_STATISTICS_IN_BULK = ("integrity_errors", "chunks_by_quality")
+_STATISTICS_IN_BULK = ("integrity_errors", "chunks_by_quality", "tiers")
+_TIER = tuple(TierCounts.__dataclass_fields__)

@@ -17,6 +17,8 @@ SPELL = 1 << 20
 """Bytes over which the capacity is measured: fewer pass in one burst, or in less time than it takes to ask for them."""
 HALVING = 0.3
 """Seconds of a busy link in which an older capacity loses half: bytes prove a fast link, and time a slow one."""
+FAST = 300e6
+"""Bytes per second from which on a link keeps the processors at its ends so busy that coding has no time to spare."""
 SMALLEST = 1024
 """Bytes below which a transfer measures the way there and back, and not the link."""
 
@@ -49,6 +51,11 @@ class Link:
         return self._peak or self.throughput
 
     @property
+    def fast(self) -> bool:
+        """Lately, that is: one stall and it is no longer."""
+        return (self.throughput or 0.0) >= FAST
+
+    @property
     def share(self) -> float | None:
         """Bytes per second that one of its requests may expect."""
         return None if self.throughput is None else self.throughput / max(1, self.requests)
@@ -63,7 +70,13 @@ class Link:
         """It brought `size` bytes; 0 if it stalled, which counts against the link; None if it was cut short."""
         self._advance(now)
         self._active -= 1
-        charged = self._clock - begun
+        self._note(self._clock - begun, size)
+
+    def streamed(self, seconds: float, size: int) -> None:
+        """Bytes of an endless transfer took so long, whose request had the link for its share of the time; 0: none."""
+        self._note(seconds / max(1, self.requests), size)
+
+    def _note(self, charged: float, size: int | None) -> None:
         if charged > 0 and size is not None and (not size or size >= SMALLEST):
             self._bytes = DECAY * self._bytes + size
             self._busy = DECAY * self._busy + charged

@@ -1,8 +1,10 @@
 """In which codec a chunk is published: what keeps the steps of its way to whoever reads it busy for the least time.
 
-Chunks follow one another through encoding, putting, fetching and decoding, so the busiest step counts. A small codec
-keeps decoders busy and a large one links; where both are slow, chunks take turns, and both are busy. Where nobody and
-nothing is remote a chunk stays as it is, however slow things seem: a busy machine must not make KV lossy. Pure.
+Chunks follow one another through computing, encoding, putting, fetching and decoding, so the busiest step counts: for
+the request that publishes what it takes beyond computing, and for those who find the chunk stored later the busier one
+of fetching and decoding. The sum of both decides. A small codec keeps decoders busy and a large one links; where both are slow,
+chunks take turns, and both are busy. Where nobody and nothing is remote a chunk stays as it is, however slow things
+seem: a busy machine must not make KV lossy. Pure.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from kvmesh.scheduling.coding import CodingSpeed
+from kvmesh.scheduling.link import FAST
 from kvmesh.types import Readers
 
 EXACTNESS = 0.95
 """A more exact codec is taken unless a less exact one adds at most this share of what it adds."""
-FAST = 300e6
-"""Bytes per second from which on a link keeps the processors at its ends so busy that coding has no time to spare."""
 SMOOTHING = 0.3
 
 
@@ -34,10 +35,6 @@ class Links:
         return self.store_remote or self.readers.remote
 
     @property
-    def slowest(self) -> float:
-        return min(rate or math.inf for rate in (self.put, self.read))
-
-    @property
     def put(self) -> float | None:
         return self.store_throughput if self.store_remote else None
 
@@ -47,31 +44,37 @@ class Links:
         return (self.readers.bytes_per_second or self.put) if self.readers.remote else self.put
 
 
-Steps = tuple[float, float, float, float]
-"""Seconds that a chunk keeps each step of its way busy."""
+Steps = tuple[float, float, float, float, float]
+"""Seconds that a chunk keeps each step of its way busy: computing, encoding, putting, fetching, decoding."""
+NOTHING: Steps = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`spare_seconds`: what encoding may take without being noticed, as the next chunk is still computed."""
+    """`compute_seconds`: what computing it takes; until then the chunk before has time to be encoded and put."""
 
     raw_bytes: int
     elements: int
-    spare_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Load:
     """What the chunks of one prompt have added to each step so far."""
 
-    steps: Steps = (0.0, 0.0, 0.0, 0.0)
+    steps: Steps = NOTHING
 
-    def busiest(self, more: Steps = (0.0, 0.0, 0.0, 0.0)) -> float:
-        return max(map(sum, zip(self.steps, more, strict=True)))
+    def cost(self, more: Steps = NOTHING) -> float:
+        """Seconds: what the busiest step takes beyond computing, and once more what a later reading takes."""
+        steps = self._with(more)
+        return max(steps) - steps[0] + max(steps[-2:])
 
     def add(self, more: Steps) -> None:
-        encoding, putting, fetching, decoding = map(sum, zip(self.steps, more, strict=True))
-        self.steps = (encoding, putting, fetching, decoding)
+        self.steps = self._with(more)
+
+    def _with(self, more: Steps) -> Steps:
+        computing, encoding, putting, fetching, decoding = map(sum, zip(self.steps, more, strict=True))
+        return (computing, encoding, putting, fetching, decoding)
 
 
 @dataclass(slots=True)
@@ -104,21 +107,20 @@ class Publishing:
             return 0
         if links.read is None:
             return len(codecs) - 1
-        if links.slowest >= FAST:
-            return 0
         steps = [self._steps(codec, number > 0, chunk, links, coding) for number, codec in enumerate(codecs)]
-        busiest = [load.busiest(each) for each in steps]
-        allowed = load.busiest() + (min(busiest) - load.busiest()) / EXACTNESS
-        chosen = next(number for number, time in enumerate(busiest) if time <= allowed)
+        if links.read >= FAST and max(steps[0]) == steps[0][0]:
+            return 0
+        costs = [load.cost(each) for each in steps]
+        allowed = load.cost() + (min(costs) - load.cost()) / EXACTNESS
+        chosen = next(number for number, cost in enumerate(costs) if cost <= allowed)
         load.add(steps[chosen])
         return chosen
 
     def _steps(
         self, codec: Hashable, coded: bool, chunk: Chunk, links: Links, coding: tuple[CodingSpeed, CodingSpeed]
     ) -> Steps:
-        """Seconds of encoding, putting, fetching and decoding."""
         stored, read = self._shares.get(codec, (1.0, 1.0))
         encoding, decoding = (speed.seconds(codec, 1, chunk.elements) if coded else 0.0 for speed in coding)
         putting = stored * chunk.raw_bytes / links.put if links.put else 0.0
         fetching = read * chunk.raw_bytes / links.read if links.read else 0.0
-        return (max(0.0, encoding - chunk.spare_seconds), putting, fetching, decoding)
+        return (chunk.compute_seconds, encoding, putting, fetching, decoding)

@@ -112,6 +112,12 @@ class Streaming:
         plan = self.plan(offers, outlook, now)
         return offers[0].version(plan.quality) if plan.chunks else None
 
+    def whole(self, offers: Sequence[Offer], outlook: Outlook, now: float) -> bool:
+        """Is it best to fetch them all, and has each but one version? Then nothing is left to decide."""
+        if not outlook.throughput or any(len(offer.versions) > 1 for offer in offers):
+            return False
+        return self.plan(offers, outlook, now).chunks == len(_horizon(offers))
+
     def plan(self, offers: Sequence[Offer], outlook: Outlook, now: float) -> Plan:
         """The best of all plans, as things stand."""
         plans = list(plans_of(_horizon(offers), outlook, self.compute, self.prompt, self.floor))

@@ -786,6 +786,27 @@ class WorkerStatistics(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class TiersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___TierCounts: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___TierCounts | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
@@ -811,6 +832,8 @@ class WorkerStatistics(_message.Message):
     PUBLISHED_RAW_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     MISSED_CHUNKS_TOTAL_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    MISSED_REPLICAS_TOTAL_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     POWER_WATTS_FIELD_NUMBER: _builtins.int
     ENERGY_JOULES_TOTAL_FIELD_NUMBER: _builtins.int
     POWER_DOMAIN_FIELD_NUMBER: _builtins.int
@@ -848,6 +871,8 @@ class WorkerStatistics(_message.Message):
     """Prompt tokens that were computed though they were stored, because that was
     faster or because a chunk was missed.
     """
+    missed_replicas_total: _builtins.int
+    """Puts that an owner of the chunk did not take though another did."""
     power_watts: _builtins.float
     """Power now, in watts, and energy since the start, in joules, of
     power_domain: workers of one domain share a meter and report the same
@@ -864,6 +889,10 @@ class WorkerStatistics(_message.Message):
         """Chunks by codec and quality: of a kvstore those stored, of prefill and
         decode those fetched since the start.
         """
+
+    @_builtins.property
+    def tiers(self) -> _containers.MessageMap[_builtins.str, Global___TierCounts]:
+        """Of a kvstore: its tiers by name, "memory", "disk" and "remote"."""
 
     def __init__(
         self,
@@ -893,17 +922,59 @@ class WorkerStatistics(_message.Message):
         published_raw_bytes_total: _builtins.int = ...,
         missed_chunks_total: _builtins.int = ...,
         recomputed_tokens_total: _builtins.int = ...,
+        missed_replicas_total: _builtins.int = ...,
+        tiers: _abc.Mapping[_builtins.str, Global___TierCounts] | None = ...,
         power_watts: _builtins.float = ...,
         energy_joules_total: _builtins.float = ...,
         power_domain: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "energy_joules_total", b"energy_joules_total", "fetched_bytes_total", b"fetched_bytes_total", "fetched_raw_bytes_total", b"fetched_raw_bytes_total", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "missed_chunks_total", b"missed_chunks_total", "misses_total", b"misses_total", "power_domain", b"power_domain", "power_watts", b"power_watts", "preemptions_total", b"preemptions_total", "published_bytes_total", b"published_bytes_total", "published_raw_bytes_total", b"published_raw_bytes_total", "raw_bytes", b"raw_bytes", "recomputed_tokens_total", b"recomputed_tokens_total", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "chunks", b"chunks", "chunks_by_quality", b"chunks_by_quality", "disk_bytes", b"disk_bytes", "draining", b"draining", "energy_joules_total", b"energy_joules_total", "fetched_bytes_total", b"fetched_bytes_total", "fetched_raw_bytes_total", b"fetched_raw_bytes_total", "hits_total", b"hits_total", "integrity_errors", b"integrity_errors", "leases", b"leases", "memory_bytes", b"memory_bytes", "missed_chunks_total", b"missed_chunks_total", "missed_replicas_total", b"missed_replicas_total", "misses_total", b"misses_total", "power_domain", b"power_domain", "power_watts", b"power_watts", "preemptions_total", b"preemptions_total", "published_bytes_total", b"published_bytes_total", "published_raw_bytes_total", b"published_raw_bytes_total", "raw_bytes", b"raw_bytes", "recomputed_tokens_total", b"recomputed_tokens_total", "requests_total", b"requests_total", "running", b"running", "tiers", b"tiers", "tokens_total", b"tokens_total", "uptime_seconds", b"uptime_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatistics: _TypeAlias = WorkerStatistics  # noqa: Y015
+
+@_typing.final
+class TierCounts(_message.Message):
+    """One tier of a kvstore since the start of the process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    hits: _builtins.int
+    """Reads that found their chunk here, and that looked for it here in vain."""
+    misses: _builtins.int
+    read_bytes: _builtins.int
+    """Bytes of bitstreams that the hits read."""
+    admissions: _builtins.int
+    """Chunks let in, and chunks that left for good to make room."""
+    evictions: _builtins.int
+    errors: _builtins.int
+    """Reads and writes that failed or were too slow."""
+    def __init__(
+        self,
+        *,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        read_bytes: _builtins.int = ...,
+        admissions: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        errors: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "misses", b"misses", "read_bytes", b"read_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierCounts: _TypeAlias = TierCounts  # noqa: Y015
 
 @_typing.final
 class KvFetched(_message.Message):

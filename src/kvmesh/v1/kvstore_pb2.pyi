@@ -698,6 +698,8 @@ class TierReading(_message.Message):
     ADMISSIONS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
     tier: Global___ChunkTier.ValueType
     budget_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -709,6 +711,10 @@ class TierReading(_message.Message):
     evictions: _builtins.int
     errors: _builtins.int
     """Reads and writes that failed or were too slow."""
+    misses: _builtins.int
+    """Reads that looked for their chunk here in vain."""
+    read_bytes: _builtins.int
+    """Bytes of bitstreams that the hits read."""
     def __init__(
         self,
         *,
@@ -720,10 +726,12 @@ class TierReading(_message.Message):
         admissions: _builtins.int = ...,
         evictions: _builtins.int = ...,
         errors: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        read_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "budget_bytes", b"budget_bytes", "chunks", b"chunks", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "tier", b"tier", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "budget_bytes", b"budget_bytes", "chunks", b"chunks", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "misses", b"misses", "read_bytes", b"read_bytes", "tier", b"tier", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

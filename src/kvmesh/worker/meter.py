@@ -34,6 +34,7 @@ class Meter:
         metrics.kv_fetched_bytes.add(now.fetched_bytes_total - last.fetched_bytes_total)
         metrics.kv_published_bytes.add(now.published_bytes_total - last.published_bytes_total)
         metrics.kv_missed_chunks.add(now.missed_chunks_total - last.missed_chunks_total)
+        metrics.kv_missed_replicas.add(now.missed_replicas_total - last.missed_replicas_total)
         metrics.kv_recomputed_tokens.add(now.recomputed_tokens_total - last.recomputed_tokens_total)
         for quality, chunks in now.chunks_by_quality.items():
             metrics.kv_fetched_chunks.add(chunks - last.chunks_by_quality.get(quality, 0), {"quality": quality})

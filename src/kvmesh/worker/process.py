@@ -18,7 +18,7 @@ from functools import partial
 from kvmesh.engine.api import Engine
 from kvmesh.errors import KvmeshError
 from kvmesh.kv.client import StoreClient
-from kvmesh.process import base
+from kvmesh.process import Base, base
 from kvmesh.registry import Registry
 from kvmesh.rpc.server import Server, Service
 from kvmesh.telemetry import Telemetry
@@ -39,8 +39,8 @@ WATCH_SECONDS = 1.0
 class WorkerProcess:
     """A worker that serves and is registered."""
 
-    def __init__(self, info: WorkerInfo, worker: Worker, server: Server, registration: AsyncExitStack) -> None:
-        self.info = info
+    def __init__(self, ground: Base, worker: Worker, server: Server, registration: AsyncExitStack) -> None:
+        self.info, self.superseded = ground.info, ground.superseded
         self.worker = worker
         self._server = server
         self._registration = registration
@@ -105,7 +105,7 @@ async def worker_process(
         server = await stack.enter_async_context(ground.serving(services, worker.statistics))
         registration = await stack.enter_async_context(AsyncExitStack())
         await registration.enter_async_context(ground.registered())
-        process = WorkerProcess(ground.info, worker, server, registration)
+        process = WorkerProcess(ground, worker, server, registration)
         watch = asyncio.create_task(process.watch(ground.telemetry))
         stack.callback(watch.cancel)
         yield process

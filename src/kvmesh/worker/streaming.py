@@ -1,8 +1,10 @@
 """Chunks from remote sources, each in the version that the policy chooses when its turn comes.
 
-Two are on the way at a time: one fills the link while the next is decided by what the last one showed. A chunk that is
-missing, or late beyond the policy's patience, ends the stream; so does the choice to compute the rest. Decides nothing
-itself: `kvmesh.scheduling.streaming` does. Knows no engine.
+Two are on the way at a time: one fills the link while the next is decided by what the last one showed. Where the link
+is fast and there is nothing to choose, all are asked for at once: then every call between them is time lost.
+
+A chunk that is missing, or late beyond the policy's patience, ends the stream; so does the choice to compute the rest.
+Decides nothing itself: `kvmesh.scheduling.streaming` does. Knows no engine.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from kvmesh.kv.client import ChunkStat, Fetched, StoreClient
+from kvmesh.kv.reading import Observe, unobserved
 from kvmesh.scheduling.link import Link
 from kvmesh.scheduling.streaming import Offer, Outlook, Streaming, Version
 from kvmesh.types import ChunkRef, KvTicket
@@ -41,6 +44,18 @@ class Flight:
     task: asyncio.Task[Fetched | None]
 
 
+async def in_bulk(
+    store: StoreClient, ticket: KvTicket, chunks: Sequence[ChunkRef], timeout: float, observe: Observe = unobserved
+) -> AsyncGenerator[Arrival, None]:
+    """`chunks` whole and in their order, from one call to each source; the first that is missed is the last."""
+    found = store.get(ticket, chunks, timeout_per_chunk=timeout, observe=observe)
+    async with aclosing(found) as bitstreams:
+        async for chunk, bits in bitstreams:
+            yield Arrival(chunk, bits, "" if bits is not None else _missing(chunk))
+            if bits is None:
+                return
+
+
 class Stream:
     """The chunks of one request. `elements`: numbers of KV in a token. `timeout`: seconds for a chunk if computing it
     is no alternative; longer where the link is known to need it."""
@@ -58,21 +73,43 @@ class Stream:
 
     async def arrivals(self, chunks: Sequence[ChunkRef]) -> AsyncGenerator[Arrival, None]:
         """`chunks` in their order, the last one without bits unless all came. Close it when leaving it early."""
-        offers = await self._offers(chunks)
-        ended, waiting = "", deque(zip(chunks, offers, strict=False))
+        offers, going_on = await self._offers(chunks), True
+        there = chunks[: len(offers)]
         with self._sharing(chunks):
-            try:
-                while self._flights or (waiting and not ended):
-                    while waiting and not ended and len(self._flights) < IN_FLIGHT:
-                        ended = self._ask(*waiting.popleft(), [offer for _, offer in waiting])
-                    if self._flights:
-                        yield await self._land()
-            finally:
-                for flight in self._flights:
-                    flight.task.cancel()
-        asked = len(offers) - len(waiting) - bool(ended)
-        if asked < len(chunks):
-            yield Arrival(chunks[asked], None, ended or _missing(chunks[asked]))
+            coming = self._in_bulk(there) if self._settled(there, offers) else self._in_turn(there, offers)
+            async with aclosing(coming) as arrivals:
+                async for arrival in arrivals:
+                    yield arrival
+                    going_on = arrival.bits is not None
+        if going_on and len(offers) < len(chunks):
+            yield Arrival(chunks[len(offers)], None, _missing(chunks[len(offers)]))
+
+    async def _in_turn(self, chunks: Sequence[ChunkRef], offers: Sequence[Offer]) -> AsyncGenerator[Arrival, None]:
+        waiting, ended = deque(zip(chunks, offers, strict=True)), ""
+        try:
+            while self._flights or (waiting and not ended):
+                while waiting and not ended and len(self._flights) < IN_FLIGHT:
+                    chunk, offer = waiting.popleft()
+                    ended = self._ask(chunk, offer, [later for _, later in waiting])
+                if self._flights:
+                    yield await self._land()
+            if ended:
+                yield Arrival(chunk, None, ended)
+        finally:
+            for flight in self._flights:
+                flight.task.cancel()
+
+    def _in_bulk(self, chunks: Sequence[ChunkRef]) -> AsyncGenerator[Arrival, None]:
+        def observe(source: int, seconds: float, size: int) -> None:
+            self._traffic.down(self._ticket.sources[source]).streamed(seconds, size)
+
+        return in_bulk(self._store, self._ticket, chunks, self._timeout, observe)
+
+    def _settled(self, chunks: Sequence[ChunkRef], offers: Sequence[Offer]) -> bool:
+        """Will nothing that the first chunks show change how the others are asked for?"""
+        if not chunks or not all(self._link(chunk).fast for chunk in chunks):
+            return False
+        return self._policy.whole(offers, self._outlook(self._link(chunks[0])), time.monotonic())
 
     def _ask(self, chunk: ChunkRef, offer: Offer, later: Sequence[Offer]) -> str:
         """Asks for a chunk; or says why not."""

@@ -23,7 +23,7 @@ from kvmesh.kv.codec import Codec, Raw
 from kvmesh.kv.codecs.adaptive import Adaptive, member
 from kvmesh.scheduling.streaming import Streaming
 from kvmesh.types import ChunkRef, KvTicket
-from kvmesh.worker.streaming import FASTER, Arrival, Stream
+from kvmesh.worker.streaming import FASTER, Arrival, Stream, in_bulk
 from kvmesh.worker.thread import EngineThread
 from kvmesh.worker.traffic import Traffic, quality_of
 
@@ -111,7 +111,7 @@ class Importer:
         reason = problems[good] if good < len(problems) else ""
         return self._noted(Imported(end, good, reason, size, moved, self._traffic.slowest(ticket)))
 
-    async def _arrivals(
+    def _arrivals(
         self, ticket: KvTicket, chunks: Sequence[ChunkRef], policy: Streaming
     ) -> AsyncGenerator[Arrival, None]:
         """On one host whole and in bulk, whatever seems faster: there a busy machine is no slow link."""
@@ -119,14 +119,8 @@ class Importer:
         if isinstance(self._codec, Adaptive) and any(map(self._traffic.remote, sources)):
             elements = math.prod(self._engine.layout.chunk_shape(1))
             stream = Stream(self._store, self._traffic, ticket, policy, elements, self._timeout)
-            async with aclosing(stream.arrivals(chunks)) as arrivals:
-                async for arrival in arrivals:
-                    yield arrival
-            return
-        async with aclosing(self._store.get(ticket, chunks, timeout_per_chunk=self._timeout)) as bitstreams:
-            async for chunk, bits in bitstreams:
-                reason = "" if bits is not None else f"the chunk at token {chunk.start} could not be fetched"
-                yield Arrival(chunk, bits, reason)
+            return stream.arrivals(chunks)
+        return in_bulk(self._store, ticket, chunks, self._timeout)
 
     async def _import(self, request_id: str, arrival: Arrival, moved: Counter[str], room: asyncio.Semaphore) -> str:
         """Why the chunk could not be used; empty if it was."""

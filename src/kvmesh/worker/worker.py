@@ -77,6 +77,7 @@ class Worker:
         statistics.leases = self.leases.count
         statistics.draining = self.sessions.draining
         self.traffic.report(statistics)
+        statistics.missed_replicas_total = self.store.missed_replicas
         self.power.report(statistics)
         if check_integrity:
             statistics.integrity_errors = await self.engine.check_integrity()

@@ -10,7 +10,7 @@ from kvmesh.cli.plan import MeshPlan
 from kvmesh.cli.render import status_table
 from kvmesh.cli.store_tables import chunks_json, qualities, savings, savings_of, size, stat_json, tenants_table
 from kvmesh.client import WorkerStatus
-from kvmesh.types import Role, WorkerInfo, WorkerStatistics
+from kvmesh.types import Role, TierCounts, WorkerInfo, WorkerStatistics
 from kvmesh.v1 import kvstore_pb2 as pb
 
 
@@ -74,7 +74,7 @@ def test_savings_are_those_of_all_tiers_that_are_here():
     ]  # fmt: skip
     assert json.loads(stat_json({"a": reading}))["a"]["tiers"][2] == {
         "tier": "remote", "budget_bytes": 0, "used_bytes": 1 << 30, "chunks": 0, "hits": 0, "admissions": 0,
-        "evictions": 0, "errors": 0,
+        "evictions": 0, "errors": 0, "misses": 0, "read_bytes": 0,
     }  # fmt: skip
 
 
@@ -91,9 +91,13 @@ def test_chunks_as_json_have_keys_in_hexadecimal_digits():
 def test_the_status_shows_what_codecs_save_and_store():
     info = WorkerInfo("store", 1, Role.KVSTORE, "127.0.0.1:1", 1)
     statistics = WorkerStatistics(memory_bytes=1 << 20, raw_bytes=3 << 20, chunks_by_quality={"transform:2": 7})
+    statistics.tiers = {"memory": TierCounts(5, 2, 1 << 20), "remote": TierCounts(1, 1, 512)}
+    statistics.missed_chunks_total, statistics.missed_replicas_total = 4, 3
     cells = [cell for column in status_table([WorkerStatus(info, statistics)], False).columns for cell in column.cells]
     assert "2 MiB (3.0×)" in cells
     assert "transform:2 ×7" in cells
+    assert "memory 5/2 1 MiB, remote 1/1 512 B" in cells
+    assert "4/3" in cells
 
 
 def test_each_store_of_a_mesh_has_a_folder_of_its_own():

@@ -197,6 +197,11 @@ def test_a_quota_is_bytes_or_a_share(given_, expected, tmp_path):
     assert config.quota_bytes == expected
 
 
+@pytest.mark.parametrize(("given_", "expected"), [(None, None), (0.25, 100), (1, 400), (50, 50)])
+def test_the_quota_holds_in_the_remote_tier_too(given_, expected):
+    assert KvStoreConfig(blob_bytes=400, tenant_quota=given_).blob_quota_bytes == expected
+
+
 @pytest.mark.parametrize("url", ["http://x", "redis", "cluster://x"])
 def test_the_url_of_the_remote_tier_is_checked(url):
     with pytest.raises(ValueError, match="KVMESH_BLOB_URL"):

@@ -14,6 +14,7 @@ from kvmesh.types import (
     PositionLogprobs,
     Role,
     SamplingParams,
+    TierCounts,
     TokenBatch,
     TokenLogprob,
     WorkerCapacity,
@@ -84,6 +85,8 @@ readings = st.builds(
     real,
     st.booleans(),
     st.lists(text, max_size=3),
+    missed_replicas_total=u64,
+    tiers=st.dictionaries(text, st.builds(TierCounts, *[u64] * 6), max_size=3),
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from kvmesh.engine.api import Sample
 from kvmesh.engine.fake import FAKE_VOCABULARY, fake_engine, fake_layout
 from kvmesh.kv.keys import fingerprint
+from kvmesh.kv.reading import Observe
 from kvmesh.kv.ticket import write_ticket
 from kvmesh.types import ChunkRef, ChunkSource, KvTicket, SamplingParams
 from kvmesh.worker.job import Job, Model
@@ -77,7 +78,7 @@ class MemoryStore:
         return key not in self.refuse
 
     async def get(
-        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float
+        self, ticket: KvTicket, chunks: Sequence[ChunkRef], *, timeout_per_chunk: float, observe: Observe
     ) -> AsyncIterator[tuple[ChunkRef, bytes | None]]:
         for chunk in chunks:
             self.calls.append(f"get {chunk.start}")
