@@ -1,15 +1,21 @@
-"""Other engines on the same model, each in a process of its own. Knows how to ask them, and nothing of kvmesh."""
+"""Other engines on the same model, in processes of their own. Knows how to start and ask them, nothing of kvmesh."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import httpx2
 
 Figure = tuple[int, float, float]
 """(batch, prefill tokens/s, decode tokens/s)."""
+START_SECONDS = 300
 
 _VLLM = """
 import json, random, sys, time
@@ -33,12 +39,51 @@ for batch in batches:
 
 def vllm(python: str, model: Path, prompt: int, new: int, batches: Sequence[int], threads: int) -> list[Figure]:
     """vLLM by its offline interface; decode time is that of new + 1 tokens less that of one."""
-    bind = f"0-{threads - 1}" if threads > 1 else "0"
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "2"}
-    environment.pop("OMP_WAIT_POLICY", None)
-    output = _run([python, "-c", _VLLM, str(model), *map(str, (prompt, new, *batches))], environment)
+    output = _run([python, "-c", _VLLM, str(model), *map(str, (prompt, new, *batches))], _vllm_environment(threads))
     rows = [json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW ")]
     return [(batch, prefill, decode) for batch, prefill, decode in rows]
+
+
+@contextmanager
+def vllm_server(python: str, model: Path, port: int, threads: int) -> Iterator[str]:
+    """What `vllm serve` serves, in bfloat16 with its own defaults: its address, once it answers. Its model is `model`.
+
+    `vllm serve` itself does not start where the package has another name than vllm, as vllm-cpu has.
+    """
+    address = f"http://127.0.0.1:{port}"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            [*command, "--dtype", "bfloat16", "--served-model-name", "model"],
+            env=_vllm_environment(threads),
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not _answers(f"{address}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit("vLLM did not start:\n" + "".join(log.readlines()[-15:]))
+                time.sleep(0.5)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx2.get(url).is_success
+    except httpx2.HTTPError:
+        return False
+
+
+def _vllm_environment(threads: int) -> dict[str, str]:
+    """Its threads bound to the first cores, and waiting as they do by default."""
+    bind = f"0-{threads - 1}" if threads > 1 else "0"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "PYTHONPATH")}
+    return kept | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def llama_bench(binary: str, gguf: Path, prompt: int, new: int, batches: Sequence[int], threads: int) -> list[Figure]:

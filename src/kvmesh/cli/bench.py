@@ -19,6 +19,7 @@ from kvmesh.bench.load import LoadGenerator, Tally
 from kvmesh.bench.prompts import vocabulary_range
 from kvmesh.bench.report import latency_table, plot_latencies, rates_lines
 from kvmesh.bench.statistics import OK, Record, Slo, evaluate, percentile
+from kvmesh.bench.targets import MeshTarget
 from kvmesh.bench.workload import Arrival, Lengths, fit, poisson, read_trace
 from kvmesh.cli.mesh import (
     DEFAULT_MODEL,
@@ -113,7 +114,8 @@ async def _measure(
 ) -> list[Record]:
     tally = Tally(len(arrivals))
     async with AsyncClient(address) as client:
-        generator = LoadGenerator(client, vocabulary_range(model.vocabulary_size), timeout=timeout, seed=seed)
+        vocabulary = vocabulary_range(model.vocabulary_size)
+        generator = LoadGenerator(MeshTarget(client), vocabulary, timeout=timeout, seed=seed)
         async with asyncio.TaskGroup() as tasks:
             with _progress(tally) as refresh:
                 display = tasks.create_task(_refresh_forever(refresh))

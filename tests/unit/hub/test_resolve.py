@@ -95,11 +95,13 @@ def test_broken_json_is_named(tmp_path):
 
 
 def test_the_catalogue_and_the_cache_are_listed(tmp_path):
-    assert [(m.name, m.path, m.size_bytes) for m in hub.list_models(tmp_path)] == [(hub.DEFAULT_MODEL, None, 0)]
+    known = [hub.DEFAULT_MODEL, "gemma-3-270m"]
+    assert [(m.name, m.path, m.size_bytes) for m in hub.list_models(tmp_path)] == [(name, None, 0) for name in known]
     write_folder(tmp_path / hub.DEFAULT_MODEL)
     write_folder(tmp_path / "some--other")
     names = {model.name: model.path for model in hub.list_models(tmp_path)}
-    assert names == {hub.DEFAULT_MODEL: tmp_path / hub.DEFAULT_MODEL, "some/other": tmp_path / "some--other"}
+    cached = {hub.DEFAULT_MODEL: tmp_path / hub.DEFAULT_MODEL, "some/other": tmp_path / "some--other"}
+    assert names == dict.fromkeys(known) | cached
     assert hub.pull(cache=tmp_path).path == tmp_path / hub.DEFAULT_MODEL
 
 
