@@ -43,7 +43,7 @@ DAY, TROUGH = 7200.0, 0.2
 SERVERS = 16
 MARGIN, SPLIT_MARGINS = 0.65, (0.45, 0.75)
 """Shares of the TPOT limit, and of both limits, that means may take."""
-HEADROOM = 1.3
+HEADROOM = 1.15
 """Times the rate seen, for bursts."""
 ROW, ROW_SECONDS, ROW_TROUGH, DELAY = 20, 900.0, 0.5, 2.0
 ADDED = (0.0, 0.3, 0.4, 0.5)

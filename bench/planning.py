@@ -7,10 +7,12 @@
 9: a plan for the conversation trace meets other traffic, or loses a host. `stale` goes on with its old phases and new
    routes, `light` replans without moving weights, `full` plans anew with the same search, budget and another seed;
    where nothing changes, that shows what searching again is worth. Requests/s within the SLOs, estimated alike.
-   Light seconds are of one core's time, so that other load on the machine does not count.
+   Light seconds are of one core's time, so that other load on the machine does not count. `loading`: seconds that the
+   links take for the layers that `full` puts where they are not.
 11: throughputs of each kind of host are off by up to 25 and 50 %, drawn at random, forty times. Plans were made, and
-   the minimax one chosen, on other draws. Routes are solved again for each draw, or keep their shares. Loss against the
-   plan, of all that were compared, that is best under each draw: worst and mean.
+   the minimax one chosen, on other draws. Routes are solved again for each draw; or a router re-balances them, round
+   by round, by measured loads alone; or they keep their shares. Loss against the plan, of all that were compared, that
+   is best under each draw: worst and mean.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from kvmesh.planner import task as tasks
 from kvmesh.planner.algorithms import arrange, kvmesh
 from kvmesh.planner.groups.instances import fill, racks
 from kvmesh.planner.groups.outcome import settle
-from kvmesh.planner.groups.robust import Regret, cautious, compared, kept, truths
+from kvmesh.planner.groups.robust import Regret, cautious, compared, kept, rebalanced, truths
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.trial import simulated
 from kvmesh.planner.observed_file import ObservedSection, applied
@@ -148,6 +150,8 @@ class Replanning:
     of_full: float
     light_seconds: float
     full_seconds: float
+    loading: float
+    """Seconds in which hosts load what `full` moves, each from the best-connected other host."""
 
 
 def without(wanted: Task, lost: int) -> Task:
@@ -189,9 +193,35 @@ def figure9(time_limit: float, progress: Progress) -> list[Replanning]:
             best = full.expected.goodput if full.expected else 0.0
             value = light.value, best, light.value / best
             results.append(
-                Replanning(name, len(wanted.hosts), change, light.before, *value, light.seconds, full.seconds)
+                Replanning(
+                    *(name, len(wanted.hosts), change, light.before, *value, light.seconds, full.seconds),
+                    loading(anew, held(wanted, plan), held(anew, full)),
+                )
             )
     return results
+
+
+Held = dict[tuple[str, int], set[int]]
+"""Layers on each accelerator, by host and number."""
+
+
+def held(wanted: Task, plan: Plan) -> Held:
+    shards = [shard for group in (*plan.groups, *plan.standby) for shard in group.shards]
+    return {(wanted.hosts[s.host].name, number): set(range(*s.span)) for s in shards for number in s.accelerators}
+
+
+def loading(wanted: Task, before: Held, after: Held) -> float:
+    """Hosts load side by side, the layers that any of their accelerators had not held; tensor parallelism is left out,
+    though it moves weights as well."""
+    slowest = 0.0
+    for number, host in enumerate(wanted.hosts):
+        mine = [unit for unit in after if unit[0] == host.name]
+        had = {layer for unit in before if unit[0] == host.name for layer in before[unit]}
+        new = {layer for unit in mine for layer in after[unit]} - had
+        links = (wanted.link(other, number) for other in range(len(wanted.hosts)) if other != number)
+        speed = max((link.bytes_per_s for link in links if link), default=host.nic_bytes_per_s)
+        slowest = max(slowest, len(new) * wanted.model.bytes_per_layer / speed)
+    return slowest
 
 
 # Figure 11 -----------------------------------------------------------------------------------------------------------
@@ -229,15 +259,26 @@ def doubts(name: str, wanted: Task, error: float, time_limit: float) -> Iterator
     def stayed(estimators: Sequence[Estimator]) -> Regret:
         return compared([[kept(estimator, *plan) for plan in weighed] for estimator in estimators])
 
-    for routes, regret in (("solved again", followed), ("kept", stayed)):
+    def adapted(estimators: Sequence[Estimator]) -> Regret:
+        return compared([[kept(e, plan[0], rebalanced(e, *plan)) for plan in weighed] for e in estimators])
+
+    for routes, regret in (("solved again", followed), ("re-balanced", adapted), ("kept", stayed)):
         chosen, judged = regret(drawn).choice, regret(held_out)
-        means = [mean_loss(judged.values, number) for number in (0, chosen)]
-        price = 1 - judged.values[0][chosen] / judged.values[0][0]
-        yield Doubt(name, error, routes, len(judged.worst), judged.worst[0], judged.worst[chosen], *means, price)
+        yield Doubt(
+            cluster=name,
+            error=error,
+            routes=routes,
+            plans=len(judged.worst),
+            nominal_worst=judged.worst[0],
+            minimax_worst=judged.worst[chosen],
+            nominal_mean=mean_loss(judged.values, 0),
+            minimax_mean=mean_loss(judged.values, chosen),
+            price=1 - judged.values[0][chosen] / judged.values[0][0],
+        )
 
 
 def figure11(time_limit: float, progress: Progress) -> list[Doubt]:
-    results = []
+    results: list[Doubt] = []
     for name, model, slo in progress.track(DOUBTED, description="11"):
         wanted = task(catalogue.cluster(name), model, "azure-conv", slo)
         for error in (0.25, 0.5):

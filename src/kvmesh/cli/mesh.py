@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 START_TIMEOUT = 300.0
 DRAIN_GRACE = 10.0
+PROCESS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+"""Threads sleep while they wait for work, and a codec's algebra takes the one it was given: there is one a core."""
 
 MeshModelOption = Annotated[
     str, typer.Option("--model", help=f"A name of `kvmesh models list`, a folder, a .gguf file, or {FAKE_MODEL!r}.")
@@ -160,10 +162,10 @@ def memory_settings(
 
 
 def engine_settings(precision: str | None, threads: int | None) -> dict[str, str]:
-    """What was said of the engines, as settings of services; threads sleep while they wait for work."""
+    """What was said of the engines, as settings of services; see PROCESS."""
     given = {"KVMESH_PRECISION": precision, "KVMESH_THREADS": None if threads is None else str(threads)}
     settings = {variable: value for variable, value in given.items() if value is not None}
-    return settings | {"OMP_WAIT_POLICY": "PASSIVE"}
+    return settings | PROCESS
 
 
 def streaming_settings(codec: str | None, quality: int | None, ttft_slo: float | None) -> dict[str, str]:

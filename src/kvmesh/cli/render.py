@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.cli.store_tables import qualities, savings_of
+from kvmesh.cli.store_tables import qualities, reads_of, savings_of
 from kvmesh.client import Delta, Finish, PromptInfo, WorkerStatus
 
 MAX_WIDTH = 1000
 STATUS_COLUMNS = (
     "role", "worker", "address", "pid", "epoch", "running", "waiting", "blocks", "leases", "chunks", "saved", "quality",
-    "uptime",
+    "reads", "missed", "uptime",
 )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def _status_row(worker: WorkerStatus, check: bool) -> list[str]:
     blocks = f"{s.blocks_used}/{s.blocks_cached}/{s.blocks_total}" if s.blocks_total else "-"
     stored = savings_of(s.raw_bytes, s.memory_bytes + s.disk_bytes) if s.raw_bytes else "-"
     load = [str(s.running), str(s.waiting), blocks, str(s.leases), str(s.chunks)]
-    load += [stored, qualities(s.chunks_by_quality), duration(s.uptime_seconds)]
+    missed = f"{s.missed_chunks_total}/{s.missed_replicas_total}"
+    load += [stored, qualities(s.chunks_by_quality), reads_of(s.tiers), missed, duration(s.uptime_seconds)]
     verdict = "[red]" + "; ".join(s.integrity_errors) + "[/red]" if s.integrity_errors else "[green]good[/green]"
     return [*identity, *load, *([verdict] if check else [])]
 

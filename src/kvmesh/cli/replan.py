@@ -50,7 +50,8 @@ def _task(inputs: Any) -> Task:
 
     bounds = inputs.slo_ttft_seconds, inputs.slo_tpot_seconds, inputs.slo_attainment
     work = requested(catalogue.workload(inputs.workload), inputs.rate, *bounds)
-    return task(catalogue.cluster(inputs.cluster), inputs.model, work, inputs.objective, inputs.kv_ratio)
+    cluster, watts = catalogue.cluster(inputs.cluster), inputs.power_budget
+    return task(cluster, inputs.model, work, inputs.objective, inputs.kv_ratio, watts)
 
 
 def _print(wanted: Task, document: dict[str, Any], found: Replanned) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +49,8 @@ def run(
     """Start a mesh, stream the answer to PROMPT, print what each hop took, and stop all of it."""
     text = read_prompt(prompt)
     options = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with temporary_mesh(model, prefill, decode, kvstore, memory, timeout) as address, connect(address) as client:
+    mesh = temporary_mesh(model, prefill, decode, kvstore, memory_settings(memory), timeout)
+    with mesh as address, connect(address) as client:
         plain, chat = chat_or_text(client, text, None, raw)
         with client.generate(plain, chat=chat, **options) as stream:
             _, _, finish = consume(stream, sys.stdout.write)
@@ -58,12 +59,17 @@ def run(
 
 @contextmanager
 def temporary_mesh(
-    model: str, prefill: int, decode: int, kvstore: int, memory: str | None = None, timeout: float = START_TIMEOUT
+    model: str,
+    prefill: int,
+    decode: int,
+    kvstore: int,
+    settings: Mapping[str, str] | None = None,
+    timeout: float = START_TIMEOUT,
 ) -> Iterator[str]:
     """The address of a mesh that ends with the context, or with this process, whichever is first."""
     from kvmesh.cli.launch import Launcher, free_port
 
-    settings = {"KVMESH_DRAIN_GRACE": str(DRAIN_GRACE), **memory_settings(memory)}
+    settings = {"KVMESH_DRAIN_GRACE": str(DRAIN_GRACE), **(settings or {})}
     plan = MeshPlan(model_argument(model), prefill, decode, kvstore, free_port(), settings=settings)
     fetch(model)
     with tempfile.TemporaryDirectory(prefix="kvmesh-", ignore_cleanup_errors=True) as logs:

@@ -49,6 +49,7 @@ class InputsPart(Part):
     slo_tpot_seconds: float | None = None
     slo_attainment: float = 0.9
     kv_ratio: float = 1.0
+    power_budget: float | None = None
 
 
 class PlanPart(Part):

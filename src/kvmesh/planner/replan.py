@@ -1,21 +1,23 @@
 """Light rescheduling (ThunderServe): after drift or a lost host, only phases and routes change, and no weights move.
 
-Groups that lost a host and still hold every layer go on; others lend their remaining shards to a group that can use
-them; groups on standby are woken. One integer program chooses all phases, for the groups and for their smallest parts;
-alike groups form pools; another parts all hosts between the phases. From the best of these, phases are flipped, groups
-united, or hosts whose layers a group holds twice go over to another, as long as that serves more, with the
-transportation program as the guide. Less than a second, where planning anew takes many and moves weights.
+Groups that lost a host and still hold every layer go on; shards of others that hold what they lack lend them some of
+their time, or they unite with a group that can use what is left; groups on standby are woken. One integer program
+chooses all phases, for the groups and for their smallest parts; alike groups form pools; another parts all hosts
+between the phases. From the best of these, phases are flipped, groups united, or hosts whose layers a group holds twice
+go over to another, as long as that serves more, with the transportation program as the guide. Less than a second, where
+planning anew takes many and moves weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, permutations, product
+from itertools import chain, combinations, permutations, product, takewhile
 from typing import Any
 
 from kvmesh.planner.algorithms.thunderserve import arithmetic
+from kvmesh.planner.groups.lending import lent, together
 from kvmesh.planner.groups.outcome import goodput, node_names
 from kvmesh.planner.groups.parts import assignments
 from kvmesh.planner.groups.pools import parted, pooled
@@ -28,8 +30,8 @@ from kvmesh.planner.world import Group, Phase, Shard
 PAIRS_UP_TO = 12
 """Groups up to which two are flipped at once, united, or exchange hosts."""
 MARGIN = 1e-3
-START_SHARE = 0.7
-"""Of the time, at most until moves are tried one by one."""
+LOANS_SHARE, START_SHARE = 0.4, 0.7
+"""Of the time, at most until no more loans are weighed, and until moves are tried one by one."""
 STANDBY = "standby"
 
 
@@ -71,17 +73,30 @@ def replan(
     waiting = {shard for group in standby for shard in group.shards}
     untouched = tuple(group for group in groups if not any(shard.host in lost for shard in group.shards))
     before = measured(estimator, untouched)[1]
-    left = survivors(estimator, (*groups, *standby), lost)
+    left = survivors(estimator, (*groups, *standby), lost, lambda: clock() < started + LOANS_SHARE * deadline)
     alive = tuple(shard for shard in (*planned, *waiting) if shard.host not in lost)
     best, routing = _climb(
         estimator, _start(estimator, left, alive, started + START_SHARE * deadline, clock), started + deadline, clock
     )
-    now = {shard: group.phase for i, group in enumerate(best) if routing.through(i) for shard in group.shards}
+    now = _parts(group for i, group in enumerate(best) if routing.through(i))
     flips = tuple(
         Flip(shard, planned.get(shard), phase) for shard, phase in now.items() if planned.get(shard) is not phase
     )
     idle = tuple(shard for shard in planned if shard not in now and shard.host not in lost)
     return Replanned(best, routing, flips, idle, before[0], measured(estimator, best)[1][0], clock() - started)
+
+
+def _parts(groups: Iterable[Group]) -> dict[Shard, Phase]:
+    """What every shard does; one that works for two groups does both."""
+    parts: dict[Shard, Phase] = {}
+    for shard, phase in ((_whole(shard), group.phase) for group in groups for shard in group.shards):
+        parts[shard] = phase if parts.get(shard, phase) is phase else Phase.MIXED
+    return parts
+
+
+def _whole(shard: Shard) -> Shard:
+    """With all of its time."""
+    return replace(shard, time=1.0)
 
 
 def measured(estimator: Estimator, groups: Sequence[Group]) -> tuple[Routing, Worth]:
@@ -109,8 +124,10 @@ def _start(
 def _kept_together(groups: Sequence[Group], parts: Sequence[Group]) -> tuple[Group, ...]:
     """The groups with new phases, if the new parts divide none of them; else the parts as two groups."""
     phases = {shard: part.phase for part in parts for shard in part.shards}
+    if {shard for group in groups for shard in group.shards} != set(phases):
+        return tuple(parts)
     kept = [{phases[shard] for shard in group.shards} for group in groups]
-    if {shard for group in groups for shard in group.shards} != set(phases) or any(len(found) > 1 for found in kept):
+    if any(len(found) > 1 for found in kept):
         return tuple(parts)
     return tuple(replace(group, phase=found.pop()) for group, found in zip(groups, kept, strict=True))
 
@@ -149,7 +166,7 @@ def united(groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
     for one, other in combinations(groups, 2):
         rest = tuple(group for group in groups if group not in (one, other))
         for phase in Phase:
-            yield (*rest, Group(phase, one.shards + other.shards))
+            yield (*rest, Group(phase, together(one, other)))
 
 
 def shifted(task: Task, groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
@@ -162,7 +179,11 @@ def shifted(task: Task, groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
         for count in sorted({len(spare) >> power for power in range(5)} - {0}):
             moved = tuple(spare[:count])
             stay = tuple(shard for shard in giver.shards if shard not in moved)
-            yield (*rest, replace(giver, shards=stay), replace(taker, shards=taker.shards + moved))
+            yield (
+                *rest,
+                replace(giver, shards=stay),
+                replace(taker, shards=together(taker, Group(taker.phase, moved))),
+            )
 
 
 def _spare(task: Task, group: Group, order: Sequence[Shard]) -> Iterator[Shard]:
@@ -175,9 +196,11 @@ def _spare(task: Task, group: Group, order: Sequence[Shard]) -> Iterator[Shard]:
             yield shard
 
 
-def survivors(estimator: Estimator, groups: Sequence[Group], lost: Collection[int]) -> tuple[Group, ...]:
-    """Groups without the lost hosts. One with a gap in its layers unites with the group that makes most of it: whose
-    shards hold the missing layers, and compute them for both."""
+def survivors(
+    estimator: Estimator, groups: Sequence[Group], lost: Collection[int], in_time: Callable[[], bool] = lambda: True
+) -> tuple[Group, ...]:
+    """Groups without the lost hosts. For one with a gap in its layers, shards of others that hold them lend some of
+    their time, or it unites with a group that has them and computes them for both: whatever serves most."""
     layers = estimator.task.model.layers
 
     def value(trial: tuple[Group, ...]) -> Worth:
@@ -187,18 +210,20 @@ def survivors(estimator: Estimator, groups: Sequence[Group], lost: Collection[in
     whole = [group for group in rest if cut(group, layers)]
     for broken in (group for group in rest if group.shards and not cut(group, layers)):
         unions = [
-            tuple(Group(phase, g.shards + broken.shards) if g is group else g for g in whole)
+            tuple(Group(phase, together(g, broken)) if g is group else g for g in whole)
             for group in whole
             for phase in dict.fromkeys((group.phase, Phase.MIXED))
         ]
-        best = max([tuple(whole), *unions], key=value)
+        loans = takewhile(lambda trial: in_time(), lent(estimator, whole, broken))
+        best = max(chain([tuple(whole)], unions, loans), key=value)
         whole = list(best)
     return tuple(whole)
 
 
 def document(task: Task, found: Replanned) -> dict[str, Any]:
-    """Decisions as the mesh applies them: each worker's change of part, and the weights of the routes among groups."""
-    names = dict(zip(_shards(found), node_names(task, found.groups), strict=True))
+    """Decisions as the mesh applies them: each worker's change of part, and the weights of the routes among groups.
+    `shares` names workers of a group that belong to another one, too, and how much of their time is this one's."""
+    names = dict(zip(map(_whole, _shards(found)), node_names(task, found.groups), strict=True))
     total = found.routing.total or 1.0
     return {
         "decisions": [
@@ -206,7 +231,12 @@ def document(task: Task, found: Replanned) -> dict[str, Any]:
             for flip in found.flips
         ],
         "groups": [
-            {"phase": group.phase.value, "workers": [names[shard] for shard in group.shards]} for group in found.groups
+            {
+                "phase": group.phase.value,
+                "workers": [names[_whole(shard)] for shard in group.shards],
+                "shares": {names[_whole(shard)]: shard.time for shard in group.shards if shard.time < 1},
+            }
+            for group in found.groups
         ],
         "routes": [
             {"prefill": i, "decode": j, "weight": rate / total, "requests_per_s": rate}

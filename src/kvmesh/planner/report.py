@@ -30,6 +30,10 @@ class Row:
         return min(1.0, self.flow / self.throughput) if self.throughput else 0.0
 
 
+def headline(plan: Plan) -> str:
+    return f"{plan.flow.value:.0f} tokens/s ({plan.algorithm}, bound {plan.bound:.0f})"
+
+
 def rows(problem: Problem, plan: Plan) -> list[Row]:
     """In order of groups, and of layers in them."""
     numbers = [number for number, group in enumerate(plan.groups) for _ in group.shards]

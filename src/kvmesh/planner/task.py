@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.planner.latency.api import Latency
 from kvmesh.planner.problem import islands
 from kvmesh.planner.profiles import ModelProfile
+from kvmesh.planner.solver import Program
 from kvmesh.planner.speeds import KV_SHARE, SpeedBook
 from kvmesh.planner.world import SINK, SOURCE, Cluster, Host, Link, Shard, Slo, Span, Workload
 
@@ -30,7 +32,7 @@ OBJECTIVES = ("flow", "goodput", "cost", "energy")
 @dataclass(frozen=True)
 class Task:
     """`kv_ratio`: bytes on the wire over bytes of KV (1/4 for 4-bit codes). `factors`: multiplies the times of a host,
-    for what-if questions."""
+    for what-if questions. `power_budget`: watts that all hosts in use may draw; the others are off."""
 
     cluster: Cluster
     model: ModelProfile
@@ -40,6 +42,7 @@ class Task:
     objective: str = "goodput"
     kv_ratio: float = 1.0
     factors: Mapping[int, float] = field(default_factory=dict)
+    power_budget: float = inf
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -75,7 +78,7 @@ class Task:
 
     def factor(self, shard: Shard) -> float:
         """Of the whole model's time, spent on this shard."""
-        return self.factors.get(shard.host, 1.0) * shard.layers / self.model.layers
+        return self.factors.get(shard.host, 1.0) / shard.time * shard.layers / self.model.layers
 
     def memory(self, host: int, accelerators: int) -> float:
         return self.hosts[host].memory_bytes / self.hosts[host].accelerators * accelerators
@@ -86,12 +89,12 @@ class Task:
         return min(room, self.model.layers)
 
     def kv_positions(self, shard: Shard) -> float:
-        """Tokens whose KV of the shard's layers fits beside their weights."""
+        """Tokens whose KV of the shard's layers fits beside their weights, in proportion to its time."""
         profile = self.model.machines.get(self.speeds.machine(self.hosts[shard.host].accelerator, shard_size(shard)))
         if profile and shard.layers <= len(profile.kv_entries):
-            return profile.kv_entries[shard.layers - 1] / shard.layers
+            return shard.time * profile.kv_entries[shard.layers - 1] / shard.layers
         free = KV_SHARE * self.memory(shard.host, shard_size(shard)) - shard.layers * self.model.bytes_per_layer
-        return max(0.0, free) / (shard.layers * self.model.kv_bytes)
+        return shard.time * max(0.0, free) / (shard.layers * self.model.kv_bytes)
 
     def link(self, tail: int, head: int) -> Link | None:
         """Between hosts; inside one, accelerators reach each other over its bus."""
@@ -141,12 +144,13 @@ def build(
     speeds: SpeedBook,
     objective: str = "goodput",
     kv_ratio: float = 1.0,
+    power_budget: float = inf,
 ) -> Task:
     """Raises InvalidArgument: one sentence for each fault that names the host or field."""
     if objective not in OBJECTIVES:
         raise InvalidArgument(f"no objective {objective!r}: there are {', '.join(OBJECTIVES)}")
-    task = Task(cluster, model, workload, slo, speeds, objective, kv_ratio)
-    for check in (_numbers, _unknown, _too_small, _cut_off, _too_tight):
+    task = Task(cluster, model, workload, slo, speeds, objective, kv_ratio, power_budget=power_budget)
+    for check in (_numbers, _unknown, _too_small, _cut_off, _too_tight, _too_little_power):
         if found := list(check(task)):
             raise InvalidArgument(violations=found)
     return task
@@ -218,4 +222,23 @@ def _too_tight(task: Task) -> Iterator[tuple[str, str]]:
             f"is {task.slo.ttft:g} s, and only {max(shares):.0%} of the prompts are computed so soon even alone on the"
             f" fastest host ({longest} tokens take {min(la.prefill([longest]) for la in latencies):.3g} s);"
             f" {task.slo.attainment:.0%} are asked for",
+        )
+
+
+def _too_little_power(task: Task) -> Iterator[tuple[str, str]]:
+    """The hosts that hold the model, chosen for their idle watts, must leave some for work."""
+    if task.power_budget == inf:
+        return
+    program = Program()
+    layers = program.row(lower=float(task.model.layers))
+    for number, host in enumerate(task.hosts):
+        room = float(task.max_layers(number, host.accelerators))
+        program.column({layers: room}, -host.idle_watts, 1.0, integer=True)
+    solution = program.solve()
+    least = -solution.objective if solution else inf
+    if least >= task.power_budget:
+        yield (
+            "power_budget",
+            f"is {task.power_budget:g} W, and the hosts of {task.cluster.name} that hold {task.model.name} draw"
+            f" {least:g} W at least while they do nothing",
         )

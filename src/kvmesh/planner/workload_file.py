@@ -23,6 +23,12 @@ from kvmesh.planner.world import Slo, Workload
 
 SAMPLES = 1000
 SEED = 0
+COLUMNS = (
+    ("input_tokens", "output_tokens"),
+    ("ContextTokens", "GeneratedTokens"),
+    ("num_prefill_tokens", "num_decode_tokens"),
+)
+"""Of lengths: ours, those of the Azure traces, and those of Sarathi-Serve's ShareGPT and Vidur's arXiv."""
 
 Lengths = tuple[tuple[int, int], ...]
 
@@ -82,7 +88,7 @@ def read_lengths_as_workload(path: Path) -> Workload:
 
 
 def read_lengths(path: Path) -> Lengths:
-    """(input, output) of each request; columns input_tokens and output_tokens, or those of the Azure traces."""
+    """(input, output) of each request; columns input_tokens and output_tokens, or those of public traces."""
     try:
         with path.open() as file:
             lengths = tuple(_lengths(row) for row in csv.DictReader(file))
@@ -96,7 +102,7 @@ def read_lengths(path: Path) -> Lengths:
 
 
 def _lengths(row: dict[str, str]) -> tuple[int, int]:
-    columns = ("ContextTokens", "GeneratedTokens") if "ContextTokens" in row else ("input_tokens", "output_tokens")
+    columns = next((known for known in COLUMNS if known[0] in row), COLUMNS[0])
     first, second = (round(float(row[column])) for column in columns)
     return first, second
 

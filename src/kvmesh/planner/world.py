@@ -134,11 +134,14 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Some accelerators of one host, in tensor parallel, with the layers they hold. Numbered within the host."""
+    """Some accelerators of one host, in tensor parallel, with the layers they hold. Numbered within the host.
+
+    `time` is the share of theirs that is the group's, where they work for two."""
 
     host: int
     accelerators: tuple[int, ...]
     span: Span
+    time: float = 1.0
 
     @property
     def layers(self) -> int:
@@ -188,6 +191,7 @@ class Expected:
     tpot: float
     dollars_per_hour: float
     joules_per_token: float
+    watts: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ def test_an_idle_host_is_drawn_as_absent(tmp_path: Path) -> None:
     [
         (["--algorithm", "magic"], "no algorithm 'magic': there are helix, helix-milp, swarm, petals, separate,"),
         (["--objective", "speed"], "no objective 'speed': there are flow, goodput, cost, energy"),
+        (["--power-budget", "900"], "helix knows no watts; for budgets of power or carbon take --algorithm kvmesh"),
+        (["--carbon-budget", "900"], "--carbon-budget needs --carbon, the grams of CO2 for a kWh"),
         (["--objective", "goodput"], "helix knows no objective but flow; for goodput take --algorithm kvmesh"),
         (["--algorithm", "kvmesh"], "the objective goodput needs --slo-ttft and --slo-tpot, or a workload file with"),
         (["--workload", "nonsense"], "no workload 'nonsense': known are azure-conv, azure-code"),

@@ -151,8 +151,9 @@ def test_a_malformed_profile_names_its_field(tmp_path: Path) -> None:
 
 def test_workload_from_lengths(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
-    path.write_text("input_tokens,output_tokens\n100,10\n300,30\n")
-    assert catalogue.workload(str(path)) == Workload("mine", 200, 20, ((100, 10), (300, 30)))
+    for columns in ("input_tokens,output_tokens", "num_prefill_tokens,num_decode_tokens"):
+        path.write_text(f"{columns}\n100,10\n300.0,30\n")
+        assert catalogue.workload(str(path)) == Workload("mine", 200, 20, ((100, 10), (300, 30)))
     for text in ("a,b\n1,2\n", "input_tokens,output_tokens\n", "input_tokens,output_tokens\n1,x\n"):
         path.write_text(text)
         with pytest.raises(InvalidArgument, match="is not a CSV file with numbers"):

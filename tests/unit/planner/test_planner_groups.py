@@ -23,7 +23,7 @@ from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.timing import Timing, cut
 from kvmesh.planner.groups.trial import PipelineLatency, simulated
 from kvmesh.planner.groups.waiting import first_tokens, mean_wait, next_tokens, sustained
-from kvmesh.planner.task import Task
+from kvmesh.planner.task import Task, build
 from kvmesh.planner.world import Group, Phase, Plan, Route, Shard, Slo
 from tests.unit.planner.tasks import LAYERS, best_by_force, small_tasks, task
 
@@ -251,7 +251,11 @@ def test_no_partition_beats_the_ceiling(wanted: Task) -> None:
 @pytest.mark.parametrize(
     ("groups", "routes", "fault"),
     [
-        ((single(P), single(D)), (Route(0, 1, 1.0, 1.0),), "host h0 has accelerator 0 in 2 shards"),
+        (
+            (single(P), single(D)),
+            (Route(0, 1, 1.0, 1.0),),
+            "host h0 gives its shards 200% of the time of",
+        ),
         ((single(P), single(D, 1)), (Route(1, 0, 1.0, 1.0),), "joins a group for decode with one for prefill"),
         ((single(P), single(D, 1)), (Route(0, 1, 0.4, 1.0),), "routes have shares that add up to 0.4"),
         ((Group(M, (Shard(0, (0,), (0, 5)),)),), (Route(0, 0, 1.0, 1.0),), "group 0 does not hold layer 5"),
@@ -273,3 +277,29 @@ def test_errors_of_speed_are_drawn_alike_for_a_kind() -> None:
     regret = regrets(wanted, plans, 0.5)
     assert min(regret.worst[regret.choice], max(regret.worst)) == regret.worst[regret.choice]
     assert all(0 <= worst <= 1 for worst in regret.worst)
+
+
+@pytest.mark.parametrize("name", ["kvmesh", "thunderserve", "splitwise"])
+@pytest.mark.parametrize("watts", [250.0, 700.0])
+def test_a_power_budget_is_kept_and_the_rest_is_off(name: str, watts: float) -> None:
+    wanted = replace(task([("fast", 1)] * 4), power_budget=watts)
+    plan, _ = arrange(name, wanted, 2.0)
+    judged(wanted, plan)
+    assert plan.expected is not None
+    assert plan.expected.watts <= watts * (1 + 1e-6)
+    assert not plan.standby
+    assert plan.flow.value <= plan.bound
+
+
+def test_the_judge_refuses_what_draws_too_much() -> None:
+    wanted = task([("fast", 1)] * 2)
+    plan, _ = arrange("splitwise", wanted, SECONDS)
+    rate = plan.flow.value / float(wanted.inputs.mean() + wanted.outputs.mean())
+    with pytest.raises(InvalidArgument, match=r"draws \d+ W at least; the power budget is 100 W"):
+        judge.check(replace(wanted, power_budget=100.0), plan.groups, plan.routes, rate)
+
+
+def test_a_power_budget_below_idle_hosts_is_refused() -> None:
+    one = task([("fast", 1)] * 2)
+    with pytest.raises(InvalidArgument, match="is 40 W, and the hosts of test that hold small draw 45 W at least"):
+        build(one.cluster, one.model, one.workload, one.slo, one.speeds, power_budget=40.0)

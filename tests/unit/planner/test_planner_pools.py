@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvmesh.planner.groups.outcome import goodput, settle
 from kvmesh.planner.groups.phases import phased
 from kvmesh.planner.groups.pools import parted, pooled, united_by
-from kvmesh.planner.groups.robust import cautious, compared, kept, truths
+from kvmesh.planner.groups.robust import cautious, compared, kept, rebalanced, truths
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.observed_file import ObservedSection, applied
 from kvmesh.planner.replan import replan
@@ -115,3 +115,14 @@ def test_kept_shares_serve_what_they_promised_where_nothing_is_off() -> None:
     estimator, groups = Estimator(wanted), (whole(P, 0), whole(D, 1), whole(M, 2))
     routing = estimator.route(groups)
     assert kept(estimator, groups, routing) == pytest.approx(routing.value, rel=1e-6)
+
+
+def test_a_router_that_follows_measured_loads_comes_near_the_program() -> None:
+    wanted = task([("fast", 1), ("fast", 1), ("slow", 1), ("slow", 1)], slo=Slo(5.0, 1.0))
+    groups = tuple(whole(M, host) for host in range(4))
+    routing = Estimator(wanted).route(groups)
+    for truth in truths(wanted, 0.5, 5, 0):
+        estimator = Estimator(truth)
+        adapted = kept(estimator, groups, rebalanced(estimator, groups, routing))
+        assert kept(estimator, groups, routing) <= adapted + 1e-9
+        assert 0.97 * estimator.route(groups).value <= adapted <= estimator.route(groups).value * (1 + 1e-6)

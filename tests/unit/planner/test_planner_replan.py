@@ -13,16 +13,17 @@ from kvmesh.cli.main import execute
 from kvmesh.errors import InvalidArgument
 from kvmesh.planner import catalogue
 from kvmesh.planner.algorithms import arrange
-from kvmesh.planner.groups.judge import node_flow
+from kvmesh.planner.groups.judge import check, node_flow
+from kvmesh.planner.groups.lending import lent, missing, together
 from kvmesh.planner.groups.outcome import goodput
 from kvmesh.planner.groups.parts import assign, layout
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.timing import cut
 from kvmesh.planner.observed_file import ObservedSection, applied
-from kvmesh.planner.replan import flipped, replan
+from kvmesh.planner.replan import Replanned, document, flipped, measured, replan, survivors
 from kvmesh.planner.task import Task
 from kvmesh.planner.task import build as build_task
-from kvmesh.planner.world import SINK, SOURCE, Group, Phase, Shard, Slo
+from kvmesh.planner.world import SINK, SOURCE, Group, Phase, Route, Shard, Slo
 from tests.unit.planner.tasks import LAYERS, SLO, small_tasks, task
 
 P, D, M = Phase.PREFILL, Phase.DECODE, Phase.MIXED
@@ -74,6 +75,44 @@ def test_overlapping_layers_are_enough() -> None:
     found = replan(wanted, (first, second), lost=[2], deadline=LONG)
     assert weights(found.groups) == {*first.shards, second.shards[1]}
     assert node_flow(wanted, found.groups).value >= found.routing.total * (1 - 1e-6)
+
+
+def test_a_shard_that_holds_the_lost_layers_lends_some_of_its_time() -> None:
+    """Tokens must come faster than beside a prompt's chunk, so no group can do both as a whole."""
+    wanted = task([("fast", 1)] * 6, slo=Slo(2.0, 0.03))
+    estimator = Estimator(wanted)
+    halves = [(Shard(i, (0,), (0, 4)), Shard(i + 1, (0,), (4, 8))) for i in (0, 2, 4)]
+    groups = tuple(Group(phase, shards) for phase, shards in zip((P, D, D), halves, strict=True))
+    left = survivors(estimator, groups, [1])
+    shared = [shard for group in left for shard in group.shards if shard.time < 1]
+    assert len(shared) == 2
+    assert {group.phase for group in left} == {P, D}
+    assert estimator.route(left).value > 0 == estimator.route(groups[1:]).value
+    assert set(together(*left)) == {halves[0][0], *halves[1], *halves[2]}
+    listed = document(wanted, Replanned(left, estimator.route(left), (), (), 0.0, 0.0, 0.0))["groups"]
+    assert sum(share for group in listed for share in group["shares"].values()) == pytest.approx(1)
+    found = replan(wanted, groups, lost=[1], deadline=LONG)
+    assert found.value >= measured(estimator, left)[1][0] > 0 == found.before
+    routes = [Route(i, j, rate / found.routing.total, 1.0) for (i, j), rate in found.routing.rates.items()]
+    check(wanted, found.groups, routes, found.routing.total)
+
+
+def test_loans_close_every_gap_and_give_away_no_time_twice() -> None:
+    wanted = task([("fast", 1), ("slow", 1), ("fast", 1), ("fast", 1), ("fast", 1)])
+    whole_groups = (
+        Group(P, (Shard(0, (0,), (0, 5)), Shard(1, (0,), (5, 8)))),
+        Group(D, (Shard(2, (0,), (0, 3)), Shard(3, (0,), (3, 8)))),
+    )
+    broken = Group(D, (Shard(4, (0,), (0, 4)),))
+    trials = list(lent(Estimator(wanted), whole_groups, broken))
+    assert missing(broken, LAYERS) == [4, 5, 6, 7]
+    assert trials
+    for trial in trials:
+        assert not missing(trial[-1], LAYERS)
+        for host in range(4):
+            assert sum(s.time for g in trial for s in g.shards if s.host == host) == pytest.approx(1)
+            assert all(0 < s.time <= 1 for g in trial for s in g.shards)
+    assert not list(lent(Estimator(wanted), whole_groups[:0], broken))
 
 
 def test_nothing_is_left() -> None:
@@ -143,6 +182,22 @@ def test_plan_then_replan(files: list[str], tmp_path: Path, objective: str, caps
     found = json.loads(decisions.read_text())
     assert set(found) >= {"decisions", "groups", "routes", "value"}
     assert sum(route["weight"] for route in found["routes"]) == pytest.approx(1)
+
+
+def test_a_plan_keeps_a_power_budget_and_tells_its_carbon(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    asked = ["plan", *files, "--algorithm", "splitwise", "--time-limit", "2", "--json", str(plan)]
+    assert execute([*asked, "--power-budget", "2000", "--carbon", "400", "--carbon-budget", "400"]) == 0
+    document = json.loads(plan.read_text())
+    watts = document["expected"]["watts"]
+    assert 0 < watts <= document["inputs"]["power_budget"] == 1000
+    assert f"{watts:.0f} W of the hosts in use" in (out := capsys.readouterr().out)
+    assert f"{0.4 * watts:.0f} g of CO2 an hour" in out
+    assert execute(["replan", "--plan", str(plan)]) == 0
+    assert execute([*asked, "--power-budget", "10"]) != 0
+    assert "power_budget is 10 W, and the hosts of lab that hold opt-13b draw" in capsys.readouterr().err
 
 
 def test_replan_names_what_is_wrong(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

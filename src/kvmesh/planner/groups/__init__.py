@@ -5,6 +5,7 @@ waiting     the share of requests that meet an SLO at a rate, from queueing form
 routing     which group prefills and which decodes a request: a transportation program
 phases      the best phase of every group at once, by an integer program
 pools       alike groups as one, and groups in parts
+lending     time of shards that hold the layers another group lacks
 deduction   the best tensor and pipeline parallelism for a set of accelerators
 neighbours  moves from one partition into groups to the next: flip, split, merge, move
 search      tabu search over partitions

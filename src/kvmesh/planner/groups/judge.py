@@ -7,7 +7,6 @@ flow on that graph (`evaluator`) is more than any plan may promise.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from math import inf
@@ -34,7 +33,7 @@ def check(task: Task, groups: Sequence[Group], routes: Sequence[Route], rate: fl
     if found:
         raise InvalidArgument(violations=found)
     flow = node_flow(task, groups)
-    loads = [*_loads(task, groups, routes, rate)]
+    loads = [*_loads(task, groups, routes, rate), *_overdrawn(task, groups, routes, rate)]
     if loads or rate > flow.value * (1 + SLACK):
         raise InvalidArgument(
             violations=loads or [("plan", f"promises {rate:.3f} requests/s; {flow.value:.3f} can flow")]
@@ -60,10 +59,14 @@ def _unfit(task: Task, groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
 
 
 def _overlapping(task: Task, groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
-    uses = Counter((s.host, a) for group in groups for s in group.shards for a in s.accelerators)
-    for (host, accelerator), count in uses.items():
-        if count > 1:
-            yield f"host {task.hosts[host].name}", f"has accelerator {accelerator} in {count} shards"
+    given: dict[tuple[int, int], float] = {}
+    for shard in (shard for group in groups for shard in group.shards):
+        for accelerator in shard.accelerators:
+            given[shard.host, accelerator] = given.get((shard.host, accelerator), 0.0) + shard.time
+    for (host, accelerator), time in given.items():
+        if time > 1 + SLACK:
+            name = f"host {task.hosts[host].name}"
+            yield name, f"gives its shards {time:.0%} of the time of accelerator {accelerator}"
         if not 0 <= accelerator < task.hosts[host].accelerators:
             yield f"host {task.hosts[host].name}", f"has no accelerator {accelerator}"
 
@@ -93,17 +96,34 @@ def _hands_over(out: Group, into: Group) -> bool:
 
 
 def _loads(task: Task, groups: Sequence[Group], routes: Sequence[Route], rate: float) -> Iterator[tuple[str, str]]:
-    busy = [0.0] * len(groups)
     for route in routes:
-        for number, phase in ((route.prefill, Phase.PREFILL), (route.decode, Phase.DECODE)):
-            busy[number] += rate * route.share / max(_group_rate(task, groups[number], phase), 1e-12)
         most = _kv_rate(task, groups[route.prefill], groups[route.decode])
         if route.prefill != route.decode and rate * route.share > most * (1 + SLACK):
             name = f"route {route.prefill} to {route.decode}"
             yield name, f"carries KV of {most:.3f} requests/s, not {rate * route.share:.3f}"
-    for number, share in enumerate(busy):
+    for number, share in enumerate(_busy(task, groups, routes, rate)):
         if share > 1 + SLACK:
             yield f"group {number}", f"is sent {share:.1%} of the requests that it could serve"
+
+
+def _busy(task: Task, groups: Sequence[Group], routes: Sequence[Route], rate: float) -> list[float]:
+    """The share of each group's time that the routes take, at least."""
+    busy = [0.0] * len(groups)
+    for route in routes:
+        for number, phase in ((route.prefill, Phase.PREFILL), (route.decode, Phase.DECODE)):
+            busy[number] += rate * route.share / max(_group_rate(task, groups[number], phase), 1e-12)
+    return busy
+
+
+def _overdrawn(task: Task, groups: Sequence[Group], routes: Sequence[Route], rate: float) -> Iterator[tuple[str, str]]:
+    """Hosts in use draw their idle watts, and the rest of their full ones while they compute."""
+    drawn = sum(task.hosts[host].idle_watts for host in {shard.host for group in groups for shard in group.shards})
+    for group, share in zip(groups, _busy(task, groups, routes, rate), strict=True):
+        for shard in group.shards:
+            host = task.hosts[shard.host]
+            drawn += share * (host.watts - host.idle_watts) * len(shard.accelerators) / host.accelerators
+    if drawn > task.power_budget * (1 + SLACK):
+        yield "plan", f"draws {drawn:.0f} W at least; the power budget is {task.power_budget:g} W"
 
 
 def _group_rate(task: Task, group: Group, phase: Phase) -> float:

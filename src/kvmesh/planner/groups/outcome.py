@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.planner.groups import judge, waiting
 from kvmesh.planner.groups.ceiling import ceiling
 from kvmesh.planner.groups.routing import Estimator, Routing
-from kvmesh.planner.groups.worth import busy_share, dollars_per_hour, renumbered, watts
+from kvmesh.planner.groups.worth import COUNTED, busy_share, dollars_per_hour, used, watts
 from kvmesh.planner.task import Task
 from kvmesh.planner.world import SINK, SOURCE, Edge, Expected, Flow, Group, Host, Phase, Plan, Problem, Route, Shard
 
@@ -27,11 +27,8 @@ def settle(
     task = estimator.task
     routing = routing or estimator.route(groups, task.workload.rate)
     if not routing.rates:
-        raise InvalidArgument(f"{algorithm} found no groups that serve any request within {_slo(task)}")
-    used = [i for i in range(len(groups)) if routing.through(i)]
-    kept = tuple(groups[i] for i in used)
-    numbers = {old: new for new, old in enumerate(used)}
-    routing = renumbered(routing, numbers)
+        raise InvalidArgument(f"{algorithm} found no groups that serve any request within {_limits(task)}")
+    kept, routing = used(groups, routing)
     routes = tuple(_chances(estimator, kept, routing))
     judge.check(task, kept, routes, routing.total)
     problem = nodes(task, kept)
@@ -45,14 +42,14 @@ def settle(
         groups=kept,
         routes=routes,
         expected=_expected(estimator, kept, routing, routes),
-        standby=_standby(task, [group for i, group in enumerate(groups) if i not in numbers]),
+        standby=_standby(task, [group for group in groups if group not in kept]),
     )
     return plan, problem
 
 
 def _standby(task: Task, unused: Sequence[Group]) -> tuple[Group, ...]:
     """Who counts hosts or watts leaves the rest off."""
-    return tuple(unused) if task.objective in ("flow", "goodput") else ()
+    return tuple(unused) if task.objective in COUNTED and task.power_budget == inf else ()
 
 
 def goodput(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> float:
@@ -62,8 +59,9 @@ def goodput(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> 
     return routing.total * sum(route.share * route.attainment for route in routes)
 
 
-def _slo(task: Task) -> str:
-    return f"{task.slo.ttft:g} s to the first token and {task.slo.tpot:g} s a token"
+def _limits(task: Task) -> str:
+    power = "" if task.power_budget == inf else f", under a power budget of {task.power_budget:g} W"
+    return f"{task.slo.ttft:g} s to the first token and {task.slo.tpot:g} s a token{power}"
 
 
 def _shards(groups: Sequence[Group]) -> list[Shard]:
@@ -153,12 +151,14 @@ def _expected(estimator: Estimator, groups: Sequence[Group], routing: Routing, r
     task, total = estimator.task, routing.total
     latencies = [_latencies(estimator, groups, routing, route) for route in routes]
     ttft, tpot = (sum(r.share * pair[k] for r, pair in zip(routes, latencies, strict=True)) for k in (0, 1))
+    drawn = watts(estimator, groups, routing)
     return Expected(
         goodput=total * sum(route.share * route.attainment for route in routes),
         ttft=ttft,
         tpot=tpot,
         dollars_per_hour=dollars_per_hour(task, groups, routing),
-        joules_per_token=watts(estimator, groups, routing) / (total * float(task.outputs.mean())),
+        joules_per_token=drawn / (total * float(task.outputs.mean())),
+        watts=drawn,
     )
 
 

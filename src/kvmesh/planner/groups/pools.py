@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
+from kvmesh.planner.groups.lending import together
 from kvmesh.planner.groups.phases import phased
 from kvmesh.planner.groups.routing import Estimator
 from kvmesh.planner.groups.timing import cut
@@ -44,9 +45,7 @@ def united_by(key: Callable[[Group], Hashable], groups: Sequence[Group]) -> tupl
     members: dict[Hashable, list[Group]] = {}
     for group in groups:
         members.setdefault(key(group), []).append(group)
-    return tuple(
-        Group(alike[0].phase, tuple(shard for group in alike for shard in group.shards)) for alike in members.values()
-    )
+    return tuple(Group(alike[0].phase, together(*alike)) for alike in members.values())
 
 
 def parted(task: Task, groups: Sequence[Group]) -> tuple[Group, ...]:

@@ -22,6 +22,8 @@ from kvmesh.planner.world import Group
 
 DRAWS = 8
 NOTHING = 1e-9
+EXPLORED, ROUNDS, EAGERNESS = 1e-3, 40, 0.5
+"""Of a router that follows measured loads: the least share of a pair, how often it adapts, and how strongly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,24 @@ def kept(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> flo
         for group, load in estimator.loads(groups, pair).items():
             busy[group] += rate / total * load
     return served / max(busy) if served else 0.0
+
+
+def rebalanced(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> Routing:
+    """The same requests when a router moves shares, round by round, from pairs with a busy group or link to those with
+    idle ones, as measured loads tell it: no speeds are believed and no program is solved. A pair is never given up for
+    good, so one that could serve and had no share may get one."""
+    pairs, total = estimator.pairs(groups), routing.total
+    loads = {pair: load for pair in pairs if max((load := estimator.loads(groups, pair)).values()) < inf}
+    share = {pair: routing.rates.get(pair, 0.0) / total + EXPLORED for pair in loads}
+    for _ in range(ROUNDS if loads else 0):
+        busy = [0.0] * len(groups)
+        for pair, load in loads.items():
+            for group, time in load.items():
+                busy[group] += share[pair] * time
+        pace = {pair: max(share[pair] / pairs[pair][0], *(busy[group] for group in loads[pair])) for pair in loads}
+        mean = sum(share[pair] * pace[pair] for pair in pace) / sum(share.values())
+        share = {pair: max(EXPLORED, each * (mean / pace[pair]) ** EAGERNESS) for pair, each in share.items()}
+    return Routing(share, {pair: pairs[pair][1] for pair in share}, routing.value)
 
 
 def cautious(estimators: Sequence[Estimator], groups: Sequence[Group]) -> Routing:

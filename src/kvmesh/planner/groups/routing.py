@@ -1,6 +1,6 @@
 """Which group prefills and which decodes each request: ThunderServe's two-stage transportation program (MLSys 2025).
 
-    max Σ D_ij x_ij    Σ_j x_ij/μ_i + Σ_i x_ij/μ_j <= 1    x_ij <= link_ij    Σ x_ij <= rate
+    max Σ D_ij x_ij    Σ_j x_ij/μ_i + Σ_i x_ij/μ_j <= 1    x_ij <= link_ij    Σ x_ij <= rate    watts <= budget
 
 x_ij are requests/s, D_ij the probability that a request prefilled by i and decoded by j meets its SLO, KV transfer
 included. A group that does both divides its time between whole requests of its own (x_ii) and tokens for others, each
@@ -9,7 +9,7 @@ at its own rate μ. Weights and groups are given: only shares are chosen here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf, sqrt
@@ -147,8 +147,21 @@ class Estimator:
         pairs = {(i, j): {i: p, j: d} for i, p in enumerate(prefill) for j, d in enumerate(decode) if i != j}
         return pairs | {(i, i): {i: time} for i, time in enumerate(alone)}
 
+    def working_watts(self, group: Group) -> float:
+        """What its accelerators draw above idle while they compute."""
+        hosts = ((self.task.hosts[shard.host], shard.time * len(shard.accelerators)) for shard in group.shards)
+        return sum((host.watts - host.idle_watts) * used / host.accelerators for host, used in hosts)
+
+    def _power(self, groups: Sequence[Group], pairs: Iterable[Pair]) -> tuple[float, list[float]]:
+        """What the budget leaves when the hosts of all groups that can serve are on, and what each draws at work."""
+        if self.task.power_budget == inf:
+            return inf, [0.0] * len(groups)
+        on = {shard.host for pair in pairs for number in pair for shard in groups[number].shards}
+        idle = sum(self.task.hosts[host].idle_watts for host in on)
+        return self.task.power_budget - idle, [self.working_watts(group) for group in groups]
+
     def route(self, groups: Sequence[Group], rate: float | None = None) -> Routing:
-        """The best shares; `rate` caps what arrives."""
+        """The best shares; `rate` caps what arrives. None where the power budget is gone before anything is served."""
         loads = self._all_loads(groups)
         pairs = {pair: found for pair, found in self.pairs(groups).items() if max(loads[pair].values()) < inf}
         if not pairs:
@@ -156,12 +169,13 @@ class Estimator:
         program = Program()
         times = [program.row(upper=1.0) for _ in groups]
         arriving = program.row(upper=inf if rate is None else rate)
-        columns = [
-            program.column(
-                {arriving: 1.0, **{times[group]: time for group, time in loads[pair].items()}}, cost=chance, limit=link
-            )
-            for pair, (link, chance) in pairs.items()
-        ]
+        left, watts = self._power(groups, pairs)
+        drawn = program.row(upper=left)
+        columns = []
+        for pair, (link, chance) in pairs.items():
+            entries = {times[group]: time for group, time in loads[pair].items()}
+            power = sum(time * watts[group] for group, time in loads[pair].items())
+            columns.append(program.column({arriving: 1.0, drawn: power, **entries}, cost=chance, limit=link))
         solution = program.solve()
         values = [solution.values[column] for column in columns] if solution else [0.0] * len(columns)
         rates = {pair: value for pair, value in zip(pairs, values, strict=True) if value > 1e-9}

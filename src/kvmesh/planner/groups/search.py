@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 from random import Random
 
 from kvmesh.planner.groups.deduction import Deducer
 from kvmesh.planner.groups.neighbours import Partition, neighbours
 from kvmesh.planner.groups.routing import Estimator, Routing
-from kvmesh.planner.groups.worth import Worth, worth
+from kvmesh.planner.groups.worth import Worth, used, worth
 from kvmesh.planner.world import Group
 
 STEPS, NEIGHBOURS, MEMORY = 100, 10, 5
@@ -56,6 +57,8 @@ class Search:
 
     def weigh(self, groups: tuple[Group, ...]) -> Candidate:
         routing, value = worth(self.estimator, groups)
+        if self.estimator.task.power_budget < inf:
+            groups, routing = used(groups, routing)
         return Candidate(groups, routing, value)
 
     def offer(self, candidate: Candidate) -> None:

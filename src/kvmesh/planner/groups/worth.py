@@ -1,18 +1,22 @@
 """What a set of groups is worth under an objective: requests/s, or as few dollars or watts as serve what arrives.
 
 Worths are compared as tuples. Power is the idle watts of every host in use plus, for the time that it computes, the
-rest of its full watts; a host is paid for as a whole.
+rest of its full watts; a host is paid for as a whole. Under a power budget groups are left out as long as the others
+serve more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 from kvmesh.planner.groups.routing import Estimator, Routing
 from kvmesh.planner.task import Task
 from kvmesh.planner.world import Group
 
 Worth = tuple[float, float]
+COUNTED = ("flow", "goodput")
+"""Objectives that count requests/s."""
 
 SERVED = 1e-6
 
@@ -20,12 +24,17 @@ SERVED = 1e-6
 def worth(estimator: Estimator, groups: Sequence[Group]) -> tuple[Routing, Worth]:
     """The best routes among groups and what they are worth."""
     task = estimator.task
-    if task.objective in ("flow", "goodput"):
-        routing = estimator.route(groups)
-        return routing, (routing.value, 0.0)
-    routing = estimator.route(groups, task.workload.rate)
-    routing = _lean(estimator, groups, routing)
-    return routing, _economy(estimator, groups, routing)
+    counted = task.objective in COUNTED
+    routing = estimator.route(groups, None if counted else task.workload.rate)
+    if not counted or task.power_budget < inf:
+        routing = _lean(estimator, groups, routing)
+    return routing, _value(estimator, groups, routing)
+
+
+def _value(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> Worth:
+    if estimator.task.objective in COUNTED:
+        return routing.value, 0.0
+    return _economy(estimator, groups, routing)
 
 
 def _economy(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> Worth:
@@ -42,14 +51,15 @@ def _economy(estimator: Estimator, groups: Sequence[Group], routing: Routing) ->
 
 def _lean(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> Routing:
     """Leaves out one group after the other, as long as that is worth more."""
-    best = _economy(estimator, groups, routing)
+    task = estimator.task
+    rate = None if task.objective in COUNTED else task.workload.rate
+    best = _value(estimator, groups, routing)
     left_out: set[int] = set()
-    for number in sorted(range(len(groups)), key=routing.through):
-        trial = [group for i, group in enumerate(groups) if i not in left_out | {number}]
-        numbers = dict(enumerate(i for i in range(len(groups)) if i not in left_out | {number}))
-        found = renumbered(estimator.route(trial, estimator.task.workload.rate), numbers)
-        value = _economy(estimator, groups, found)
-        if found.rates and value >= best:
+    for number in sorted(range(len(groups)), key=lambda i: (routing.through(i), estimator.rate(groups[i]))):
+        rest = [i for i in range(len(groups)) if i not in left_out | {number}]
+        found = renumbered(estimator.route([groups[i] for i in rest], rate), dict(enumerate(rest)))
+        value = _value(estimator, groups, found)
+        if value >= best and (found.rates or not routing.rates):
             routing, best = found, value
             left_out.add(number)
     return routing
@@ -64,6 +74,13 @@ def renumbered(routing: Routing, numbers: Mapping[int, int]) -> Routing:
     return Routing(pairs(routing.rates), pairs(routing.attainments), routing.value)
 
 
+def used(groups: Sequence[Group], routing: Routing) -> tuple[tuple[Group, ...], Routing]:
+    """The groups that serve, and their routes."""
+    numbers = [number for number in range(len(groups)) if routing.through(number)]
+    again = renumbered(routing, {old: new for new, old in enumerate(numbers)})
+    return tuple(groups[number] for number in numbers), again
+
+
 def used_hosts(groups: Sequence[Group], routing: Routing) -> set[int]:
     return {shard.host for i, group in enumerate(groups) if routing.through(i) for shard in group.shards}
 
@@ -75,13 +92,9 @@ def dollars_per_hour(task: Task, groups: Sequence[Group], routing: Routing) -> f
 def watts(estimator: Estimator, groups: Sequence[Group], routing: Routing) -> float:
     """Of the hosts in use, at these rates."""
     hosts = estimator.task.hosts
-    total = sum(hosts[host].idle_watts for host in used_hosts(groups, routing))
-    for i, group in enumerate(groups):
-        busy = min(1.0, busy_share(estimator, groups, routing, i))
-        for shard in group.shards:
-            host = hosts[shard.host]
-            total += busy * (host.watts - host.idle_watts) * len(shard.accelerators) / host.accelerators
-    return total
+    idle = sum(hosts[host].idle_watts for host in used_hosts(groups, routing))
+    busy = (min(1.0, busy_share(estimator, groups, routing, i)) for i in range(len(groups)))
+    return idle + sum(share * estimator.working_watts(group) for share, group in zip(busy, groups, strict=True))
 
 
 def busy_share(estimator: Estimator, groups: Sequence[Group], routing: Routing, group: int) -> float:
