@@ -5,8 +5,8 @@
 A real kvstore runs in a network namespace behind a link of so many Mbit/s (veth and `tc tbf`, both directions; 0: no
 limit), a real decode worker of each codec outside. Each request has 4,096 tokens whose KV is stored and 16 more; its
 TTFT is from the call to the first token. `text` computes all of it, a codec's name fetches that, `transform:k` so many
-quality layers of it. For `adaptive` the chunks are stored as a prefill worker would have put them for this link. Each
-figure is a median; the schemes take turns, so that all see the same machine.
+quality layers of it. For `adaptive` a prefill worker outside computes the prefix and puts it over the link, as suits
+what readers have told of theirs. Each figure is a median; the schemes take turns, so that all see the same machine.
 
 With `--slo`, the link's rate changes every quarter of a second: log-uniform from 0.1 to 10 Gbit/s, divided by the ratio
 of Mistral-7B's KV to this model's, fixed seeds. Each scheme gets the same requests under the same weather; what counts
@@ -19,13 +19,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
-import os
 import signal
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,10 +41,8 @@ from kvmesh.kv import bitstream
 from kvmesh.kv.codec import Codec, KvArray
 from kvmesh.kv.codecs.adaptive import Adaptive
 from kvmesh.kv.codecs.choice import find_profile, open_codec
-from kvmesh.scheduling.publishing import Chunk, Links, Load
-from kvmesh.types import BLOCK_TOKENS, CHUNK_TOKENS, Readers
-from kvmesh.worker.job import Coding, Speed
-from kvmesh.worker.traffic import Traffic
+from kvmesh.types import BLOCK_TOKENS, CHUNK_TOKENS
+from kvmesh_router.readers import REPLIES
 
 ADAPTIVE, TEXT = "adaptive", "text"
 MODEL = "smollm2-135m-instruct"
@@ -55,11 +51,9 @@ MISTRAL_BYTES = 131_072
 KV_BYTES = 23_040
 """Of this model's."""
 LEARNING = 3
-"""Turns of the adaptive scheme that are not counted: what its readers tell of the link decides how KV is stored."""
+"""Times that the prefix is published for a link: what readers tell of it in between decides how KV is stored."""
 LONG = 2.5
 """Seconds beyond which one measurement says enough."""
-ENCODING_HIDDEN = 60.0
-"""The prefix was stored long ago: what encoding took does not count."""
 WEATHER_SECONDS, WEATHER_BITS = 0.25, (0.1e9, 10e9)
 
 
@@ -97,73 +91,29 @@ def encode(data: KvArray, codec: Codec, bar: Progress) -> list[bytes]:
     return [bitstream.encode(piece, DTYPE, 0, codec, start) for piece, start in pieces]
 
 
-@dataclass
-class Catalogue:
-    """What is compared: every fixed choice, and the adaptive one wholly in each of its codecs, exact to small.
-
-    `traffic` knows of each codec what a worker of this machine measures when it starts.
-    """
-
-    fixed: list[Scheme]
-    ways: dict[str, Scheme]
-    codec: Adaptive
-    traffic: Traffic
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace, data: KvArray, bar: Progress) -> Catalogue:
-        layers, planes, _, heads, dim = data.shape
-        folder = resolve(arguments.model)
-        profile = find_profile(arguments.profile, folder.path, folder.name)
-        codec = open_codec(ADAPTIVE, (layers, planes, heads, dim), profile)
-        assert isinstance(codec, Adaptive)
-        chunks = {each.format.name: encode(data, each, bar) for each in codec.members}
-        smallest = codec.format.name
-        qualities = range(1, min(len(bitstream.read_header(bits).layer_ends) for bits in chunks[smallest]) + 1)
-        fixed = [Scheme(name, name, bits) for name, bits in chunks.items() if name != smallest or len(qualities) == 1]
-        for quality in qualities if len(qualities) > 1 else ():
-            fixed.append(Scheme(f"{smallest}:{quality}", smallest, cut(chunks[smallest], quality)))
-        ways = {name: Scheme(ADAPTIVE, ADAPTIVE, bits, name) for name, bits in chunks.items()}
-        traffic = Traffic(threads=len(os.sched_getaffinity(0)), floor=arguments.quality)
-        coding = [time_coding(data, each, arguments.quality) for each in codec.members]
-        traffic.expect(Speed(0, 0.0, tuple(coding)))
-        wanted = arguments.schemes.split(",")
-        fixed = [each for each in (Scheme(TEXT, "raw"), *fixed) if each.name in wanted or not arguments.schemes]
-        return cls(fixed, ways, codec, traffic)
-
-    @property
-    def compared(self) -> list[Scheme]:
-        """The last is the adaptive one."""
-        return [*self.fixed, self.ways[self.codec.format.name]]
-
-    @property
-    def codecs(self) -> list[str]:
-        return list(dict.fromkeys(scheme.codec for scheme in self.compared))
-
-    def published(self, throughput: float) -> Scheme:
-        """As a prefill worker would have stored it for readers behind a link like its own, of bytes per second."""
-        names, links, load = list(self.ways), Links(True, None, Readers(True, throughput)), Load()
-        header = bitstream.read_header(self.ways["raw"].chunks[0])
-        chunk = Chunk(header.array_bytes, math.prod(header.shape), ENCODING_HIDDEN)
-        codecs, coding = [each.format.id for each in self.codec.members], (self.traffic.encoding, self.traffic.decoding)
-        chosen = [self.traffic.publishing.choose(codecs, chunk, links, coding, load) for _ in self.ways["raw"].chunks]
-        chunks = [self.ways[names[number]].chunks[index] for index, number in enumerate(chosen)]
-        return Scheme(ADAPTIVE, ADAPTIVE, chunks, "".join(map(str, chosen)))
+def fixed_choices(arguments: argparse.Namespace, data: KvArray, bar: Progress) -> list[Scheme]:
+    """Those that are wanted: text, each codec that the adaptive one chooses from, and each quality of the smallest."""
+    layers, planes, _, heads, dim = data.shape
+    folder = resolve(arguments.model)
+    profile = find_profile(arguments.profile, folder.path, folder.name)
+    codec = open_codec(ADAPTIVE, (layers, planes, heads, dim), profile)
+    assert isinstance(codec, Adaptive)
+    wanted = [name for name in arguments.schemes.split(",") if name]
+    named = {name.partition(":")[0] for name in wanted}
+    schemes = [Scheme(TEXT, "raw")]
+    for member in codec.members:
+        name = member.format.name
+        chunks = encode(data, member, bar) if name in named or not wanted else []
+        qualities = max((len(bitstream.read_header(bits).layer_ends) for bits in chunks), default=1)
+        if qualities == 1:
+            schemes.append(Scheme(name, name, chunks))
+        else:
+            schemes += [Scheme(f"{name}:{q}", name, cut(chunks, q)) for q in range(1, qualities + 1)]
+    return [each for each in schemes if each.name in wanted or not wanted]
 
 
 def cut(whole: Sequence[bytes], quality: int) -> list[bytes]:
     return [bytes(bitstream.cut(bits, quality)) for bits in whole]
-
-
-def time_coding(data: KvArray, codec: Codec, quality: int) -> Coding:
-    """Of a chunk like most: not the first, of which some tokens are exact."""
-    chunk = np.ascontiguousarray(data[:, :, CHUNK_TOKENS : 2 * CHUNK_TOKENS])
-    began = time.thread_time()
-    bits = bitstream.encode(chunk, DTYPE, 0, codec, CHUNK_TOKENS)
-    encoding, coarsest = time.thread_time() - began, bytes(bitstream.cut(bits, quality))
-    bitstream.decode(coarsest, codec)
-    began = time.thread_time()
-    bitstream.decode(coarsest, codec)
-    return Coding(bits, encoding, time.thread_time() - began)
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -191,33 +141,36 @@ def figure(mbit: float | None, name: str, answers: Sequence[Answer], slo: float 
 
 
 async def measure(
-    mesh: Mesh, catalogue: Catalogue, links: Sequence[float], repeats: int, figures: list[Figure], bar: Progress
+    mesh: Mesh, fixed: Sequence[Scheme], links: Sequence[float], repeats: int, figures: list[Figure], bar: Progress
 ) -> None:
-    """Every scheme on every link; the first turns are not counted: in them workers learn what the link is.
+    """Every scheme on every link, once more than is counted.
 
     A fixed choice that took LONG is not repeated; computing from text, which no link changes, is measured once.
     """
-    schemes = catalogue.compared
+    adaptive = Scheme(ADAPTIVE, ADAPTIVE)
     text: list[Answer] = []
-    task = bar.add_task("constant links", total=len(links) * (repeats + LEARNING) * len(schemes))
+    task = bar.add_task("constant links", total=len(links) * (LEARNING + repeats + 1))
     for mbit in links:
         mesh.link.limit(mbit * 1e6 or None)
-        answers: dict[str, list[Answer]] = {scheme.name: [] for scheme in schemes}
-        for turn in range(-LEARNING, repeats):
-            for scheme in schemes:
-                bar.advance(task)
-                given = text if scheme.name == TEXT else answers[scheme.name]
-                if scheme.name != ADAPTIVE and (turn < -1 or (given and given[-1].seconds > LONG)):
-                    continue
-                asked = scheme
-                if scheme.name == ADAPTIVE and given:
-                    asked = catalogue.published(given[-1].throughput)
-                    mesh.link.limit(None)
-                    await mesh.put(asked)
-                    mesh.link.limit(mbit * 1e6 or None)
-                given.append(await mesh.ask(asked))
-        answers |= {TEXT: text} if text else {}
-        figures += [figure(mbit, name, given[-repeats:]) for name, given in answers.items() if given]
+        for _ in range(LEARNING):
+            adaptive = await learnt(mesh, adaptive)
+            bar.advance(task)
+        answers: dict[str, list[Answer]] = {scheme.name: [] for scheme in (*fixed, adaptive)}
+        answers |= {TEXT: text} if TEXT in answers else {}
+        for _ in range(repeats + 1):
+            for scheme in (*fixed, adaptive):
+                given = answers[scheme.name]
+                if scheme is adaptive or not given or given[-1].seconds <= LONG:
+                    given.append(await mesh.ask(scheme))
+            bar.advance(task)
+        figures += [figure(mbit, name, given[-repeats:]) for name, given in answers.items()]
+
+
+async def learnt(mesh: Mesh, scheme: Scheme) -> Scheme:
+    """Published anew, after as many replies as it takes to know a link anew."""
+    for _ in range(REPLIES if scheme.published else 0):
+        await mesh.ask(scheme)
+    return await mesh.publish(scheme)
 
 
 async def weather(mesh: Mesh, seed: int) -> None:
@@ -229,20 +182,33 @@ async def weather(mesh: Mesh, seed: int) -> None:
         await asyncio.sleep(WEATHER_SECONDS)
 
 
-async def under_weather(mesh: Mesh, catalogue: Catalogue, slo: float, requests: int, bar: Progress) -> list[Figure]:
+@asynccontextmanager
+async def changing(mesh: Mesh, seed: int) -> AsyncIterator[None]:
+    """From the middle of a spell on."""
+    task = asyncio.create_task(weather(mesh, seed))
+    await asyncio.sleep(WEATHER_SECONDS / 2)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def under_weather(mesh: Mesh, fixed: Sequence[Scheme], slo: float, requests: int, bar: Progress) -> list[Figure]:
     """Each scheme gets the same requests, each at the beginning of the same spell."""
-    schemes = catalogue.compared
+    adaptive = Scheme(ADAPTIVE, ADAPTIVE)
+    for seed in bar.track(range(LEARNING), description="publishing under a changing link"):
+        async with changing(mesh, requests + seed):
+            adaptive = await learnt(mesh, adaptive)
+    schemes = (*fixed, adaptive)
     answers: dict[str, list[Answer]] = {scheme.name: [] for scheme in schemes}
     for seed in bar.track(range(requests), description="changing link"):
         for scheme in schemes:
             if scheme.name == TEXT and answers[TEXT]:
                 answers[TEXT] += answers[TEXT][:1]
                 continue
-            changing = asyncio.create_task(weather(mesh, seed))
-            await asyncio.sleep(WEATHER_SECONDS / 2)
-            answers[scheme.name].append(await mesh.ask(scheme, slo))
-            changing.cancel()
-            await asyncio.wait([changing])
+            async with changing(mesh, seed):
+                answers[scheme.name].append(await mesh.ask(scheme, slo))
     return [figure(None, name, given, slo) for name, given in answers.items()]
 
 
@@ -325,14 +291,15 @@ class Results:
 
 async def run(arguments: argparse.Namespace, results: Results, bar: Progress) -> None:
     prompt = prompt_of(arguments.model, arguments.text)
-    catalogue = Catalogue.of(arguments, stored_kv(arguments.model, prompt, arguments.kv, bar), bar)
+    fixed = fixed_choices(arguments, stored_kv(arguments.model, prompt, arguments.kv, bar), bar)
+    codecs = list(dict.fromkeys([*(scheme.codec for scheme in fixed), ADAPTIVE]))
     links = [float(link) for link in arguments.links.split(",") if link]
-    async with running(arguments, prompt, catalogue.codecs) as mesh:
-        for scheme in bar.track(catalogue.compared, description="storing"):
+    async with running(arguments, prompt, codecs) as mesh:
+        for scheme in bar.track(fixed, description="storing"):
             await mesh.put(scheme)
-        await measure(mesh, catalogue, links, arguments.repeats, results.constant, bar)
+        await measure(mesh, fixed, links, arguments.repeats, results.constant, bar)
         if arguments.slo:
-            results.changing += await under_weather(mesh, catalogue, arguments.slo, arguments.requests, bar)
+            results.changing += await under_weather(mesh, fixed, arguments.slo, arguments.requests, bar)
 
 
 def main() -> int:

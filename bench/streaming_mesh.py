@@ -1,4 +1,4 @@
-"""A store behind a slow link and decode workers in front of it, as processes, for `streaming.py`.
+"""A store behind a slow link, decode workers and a prefill worker in front of it, as processes, for `streaming.py`.
 
 Redis listens on a socket in the file system, which every network namespace shares.
 """
@@ -12,15 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slow_link import SlowLink
 
 from kvmesh import redis_server
+from kvmesh.cli.mesh import PROCESS
 from kvmesh.cli.processes import last_lines, spawn
 from kvmesh.kv.client import StoreClient
 from kvmesh.kv.ticket import write_ticket
@@ -29,23 +30,29 @@ from kvmesh.rpc.channel import ChannelPool
 from kvmesh.rpc.convert import sampling_to_proto, ticket_to_proto
 from kvmesh.rpc.stream import stream
 from kvmesh.types import BLOCK_TOKENS, ChunkSource, KvTicket, Role, SamplingParams, WorkerInfo
-from kvmesh.v1 import decode_pb2
+from kvmesh.v1 import common_pb2, decode_pb2, prefill_pb2
 from kvmesh.v1.decode_pb2_grpc import DecodeServiceStub
+from kvmesh.v1.prefill_pb2_grpc import PrefillServiceStub
+from kvmesh_router.readers import ReaderLinks
 
 STORED, ASKED = 4096, 16
 """Tokens whose KV is stored, and those that follow."""
 DTYPE = "bfloat16"
 START_SECONDS = 120.0
+PREFILL = "prefill"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """`codec`: the setting of its worker. `chunks`: bitstreams in order; without any, all is computed."""
+    """`codec`: the setting of its worker. `chunks`: bitstreams in order, to be put.
+
+    `published`: what the prefill worker published, told from what it did before. With neither, all is computed.
+    """
 
     name: str
     codec: str
     chunks: Sequence[bytes] = ()
-    stored: str = ""
+    published: int = 0
 
 
 @dataclass
@@ -56,7 +63,6 @@ class Answer:
     bytes: int = 0
     qualities: dict[str, int] = field(default_factory=dict)
     recomputed: int = 0
-    throughput: float = 0.0
 
 
 @dataclass
@@ -68,12 +74,13 @@ class Mesh:
     prompt: list[int]
     workers: dict[str, WorkerInfo]
     store: WorkerInfo
+    readers: ReaderLinks = field(default_factory=ReaderLinks)
 
     def ticket(self, scheme: Scheme) -> KvTicket:
         info = self.workers[scheme.codec]
         return write_ticket(
             fingerprint=info.fingerprint,
-            salt=scheme.name + scheme.stored,
+            salt=f"{scheme.name} {scheme.published}",
             tokens=self.prompt[:STORED],
             layers=(info.capacity.first_layer, info.capacity.end_layer),
             sources=[ChunkSource(self.store.worker_id, self.store.address)],
@@ -90,20 +97,29 @@ class Mesh:
                 raise OSError(f"the store did not take chunk {index} of {scheme.name}")
         await client.release(ticket)
 
+    async def publish(self, scheme: Scheme) -> Scheme:
+        """The same, with KV that the prefill worker computes and puts as suits the links that readers have told of.
+
+        What it could not put in time is missing, and computed by whoever asks.
+        """
+        scheme = replace(scheme, published=scheme.published + 1)
+        ticket = self.ticket(scheme)
+        readers = common_pb2.Readers(**asdict(self.readers.of(ticket.sources)))
+        request = prefill_pb2.PrefillRequest(ticket=ticket_to_proto(ticket), readers=readers, **self._asked(PREFILL))
+        stub: Any = PrefillServiceStub(self.channels.get(self.workers[PREFILL].address))
+        async with stream(stub.Prefill(request, timeout=300)) as call:
+            async for _ in call:
+                pass
+        await StoreClient(self.channels).release(ticket)
+        return scheme
+
     async def ask(self, scheme: Scheme, budget: float | None = None) -> Answer:
         """One request. A salt of its own keeps the worker from finding the KV of the one before."""
-        sampling, stopping = sampling_to_proto(SamplingParams(max_tokens=1, temperature=0))
         request = decode_pb2.DecodeRequest(
-            request_id=secrets.token_hex(8),
-            model=self.workers[scheme.codec].model,
-            fingerprint=self.workers[scheme.codec].fingerprint,
-            prompt_token_ids=self.prompt,
             samples=[decode_pb2.DecodeSample(index=0)],
-            sampling=sampling,
-            stopping=stopping,
-            ticket=ticket_to_proto(self.ticket(scheme)) if scheme.chunks else None,
-            cache_salt=secrets.token_hex(8),
+            ticket=ticket_to_proto(self.ticket(scheme)) if scheme.chunks or scheme.published else None,
             ttft_budget_seconds=budget,
+            **self._asked(scheme.codec),
         )
         stub: Any = DecodeServiceStub(self.channels.get(self.workers[scheme.codec].address))
         began, answer = time.perf_counter(), Answer(0.0)
@@ -111,20 +127,34 @@ class Mesh:
             async for message in call:
                 if message.HasField("started"):
                     answer = _answer(message.started)
+                    self.readers.note(self.workers[scheme.codec], message.started.fetched.link_bytes_per_second)
                 if message.samples:
                     return replace(answer, seconds=time.perf_counter() - began)
         raise OSError(f"{scheme.name}: no token came")
+
+    def _asked(self, worker: str) -> dict[str, Any]:
+        """Of a request for one token of the prompt; what every worker is asked."""
+        sampling, stopping = sampling_to_proto(SamplingParams(max_tokens=1, temperature=0))
+        return {
+            "request_id": secrets.token_hex(8),
+            "model": self.workers[worker].model,
+            "fingerprint": self.workers[worker].fingerprint,
+            "prompt_token_ids": self.prompt,
+            "sampling": sampling,
+            "stopping": stopping,
+            "cache_salt": secrets.token_hex(8),
+        }
 
 
 def _answer(started: decode_pb2.DecodeStarted) -> Answer:
     fetched = started.fetched
     recomputed = max(0, started.recomputed_tokens - ASKED + 1)
-    return Answer(0.0, fetched.bytes, dict(fetched.chunks_by_quality), recomputed, fetched.link_bytes_per_second)
+    return Answer(0.0, fetched.bytes, dict(fetched.chunks_by_quality), recomputed)
 
 
 @asynccontextmanager
-async def running(arguments: argparse.Namespace, prompt: list[int], codecs: Iterable[str]) -> AsyncIterator[Mesh]:
-    """The store within, a worker of each codec outside, all registered."""
+async def running(arguments: argparse.Namespace, prompt: list[int], codecs: Sequence[str]) -> AsyncIterator[Mesh]:
+    """The store within, a worker of each codec outside and one that publishes for the last of them, all registered."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmesh-bench-")))
         link = stack.enter_context(SlowLink())
@@ -136,23 +166,28 @@ async def running(arguments: argparse.Namespace, prompt: list[int], codecs: Iter
         store = {**common, "KVMESH_HOST": link.within, "KVMESH_WORKER_ID": "store", "KVMESH_MEMORY_BYTES": str(4 << 30)}
         children.append(start("redis", redis, {}, folder))
         children.append(start("store", [*link.inside, sys.executable, "-m", "kvmesh_kvstore"], store, folder))
-        for codec in codecs:
-            settings = worker(arguments, link, codec, common)
-            children.append(start(codec, [sys.executable, "-m", "kvmesh_decode"], settings, folder))
+        workers = {codec: ("kvmesh_decode", codec) for codec in codecs} | {PREFILL: ("kvmesh_prefill", codecs[-1])}
+        for name, (service, codec) in workers.items():
+            settings = worker(arguments, link, name, codec, common)
+            children.append(start(name, [sys.executable, "-m", service], settings, folder))
         registry = Registry(url)
-        names = {"store", *codecs}
+        names = {"store", *workers}
         infos = await ready(registry, names, children, folder)
         channels = await stack.enter_async_context(ChannelPool())
-        yield Mesh(link, channels, prompt, {c: infos[c] for c in codecs}, infos["store"])
+        mesh = Mesh(link, channels, prompt, infos, infos["store"])
+        mesh.readers.retain([infos[codecs[-1]]])
+        yield mesh
         await registry.close()
 
 
-def worker(arguments: argparse.Namespace, link: SlowLink, codec: str, common: dict[str, str]) -> dict[str, str]:
-    settings = {"CODEC": codec, "DTYPE": DTYPE, "PRECISION": "bf16", "HOST": link.outside, "WORKER_ID": codec}
+def worker(
+    arguments: argparse.Namespace, link: SlowLink, name: str, codec: str, common: dict[str, str]
+) -> dict[str, str]:
+    settings = {"CODEC": codec, "DTYPE": DTYPE, "PRECISION": "bf16", "HOST": link.outside, "WORKER_ID": name}
     settings |= {"CODEC_PROFILE": str(arguments.profile.resolve())} if arguments.profile else {}
     settings |= {"QUALITY": str(arguments.quality)}
     settings |= {"KV_BLOCKS": str(2 * (STORED + 512) // BLOCK_TOKENS), "THREADS": str(arguments.threads)}
-    return common | {f"KVMESH_{name}": value for name, value in settings.items()}
+    return common | PROCESS | {f"KVMESH_{setting}": value for setting, value in settings.items()}
 
 
 def start(name: str, command: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:

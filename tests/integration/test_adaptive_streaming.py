@@ -16,9 +16,10 @@ from kvmesh.engine.api import KvReady, TokenOutput
 from kvmesh.engine.fake import fake_engine
 from kvmesh.kv import bitstream
 from kvmesh.kv.client import StoreClient
-from kvmesh.kv.codec import TRANSFORM, Codec, Raw
+from kvmesh.kv.codec import RAW, TRANSFORM, Codec, Raw
 from kvmesh.kv.codecs.adaptive import Adaptive
 from kvmesh.rpc.channel import ChannelPool
+from kvmesh.scheduling.link import FAST
 from kvmesh.types import ChunkSource, Readers
 from kvmesh.worker.job import Job
 from kvmesh.worker.publication import Publication
@@ -91,8 +92,10 @@ class Case:
 
 
 @asynccontextmanager
-async def case(rates: dict[int, float], tokens_per_second: float = 0.0) -> AsyncIterator[Case]:
-    store = ThrottledStore(await encoded(), Line(rates))
+async def case(
+    rates: dict[int, float], tokens_per_second: float = 0.0, readers: Readers = Readers(True)
+) -> AsyncIterator[Case]:
+    store = ThrottledStore(await encoded(readers), Line(rates))
     async with serving(store) as address:
         result = Case(store, address)
         if tokens_per_second:
@@ -100,14 +103,14 @@ async def case(rates: dict[int, float], tokens_per_second: float = 0.0) -> Async
         yield result
 
 
-async def encoded() -> dict[bytes, bytes]:
+async def encoded(readers: Readers) -> dict[bytes, bytes]:
     """The prompt's chunks as a prefill worker publishes them for readers elsewhere."""
     store, work = MemoryStore(), job(2100)
     async with EngineThread(fake_engine(blocks=256)) as thread:
         events = thread.subscribe("r")
         await thread.add(work.engine_request(load_kv=True, prefill_only=True))
         chunks = range(len(work.chunks))
-        publication = Publication(store, POOL, work.ticket, chunks, dtype="float32", codec=CODEC, readers=Readers(True))
+        publication = Publication(store, POOL, work.ticket, chunks, dtype="float32", codec=CODEC, readers=readers)
         async with publication:
             await thread.start("r", 0, publication.ranges)
             last = False
@@ -117,7 +120,8 @@ async def encoded() -> dict[bytes, bytes]:
                     if isinstance(event, KvReady):
                         publication.offer(event)
             assert await publication.finish(10) == (9, "")
-    assert {bitstream.read_header(bits).codec for bits in store.chunks.values()} == {TRANSFORM.id}
+    expected_codec = RAW.id if readers.bytes_per_second else TRANSFORM.id
+    assert {bitstream.read_header(bits).codec for bits in store.chunks.values()} == {expected_codec}
     return store.chunks
 
 
@@ -158,6 +162,25 @@ async def test_a_link_that_slows_down_mid_stream_gets_coarser_chunks():
         assert layers[-1] == 1
         assert imported.end == 2100
         assert output == await expected()
+
+
+async def test_over_a_fast_link_what_has_one_version_is_asked_for_at_once():
+    async with case({0: 1e9}, readers=Readers(True, 1e12)) as it:
+        imported, output = await it.run(measured=FAST)
+        assert (imported.end, dict(imported.qualities)) == (2100, {"raw": 9})
+        assert [layers for _, layers in it.store.asked] == [0] * 9
+        assert imported.throughput > 0
+        assert output == await expected()
+
+
+async def test_a_fast_link_that_stalls_is_asked_chunk_by_chunk_from_then_on():
+    async with case({0: 1e9}, 2000.0, readers=Readers(True, 1e12)) as it:
+        it.store.stalled = {it.work.chunks[3].key}
+        imported, output = await it.run(measured=FAST)
+        assert (imported.end, it.traffic.missed_chunks) == (768, 1)
+        assert output == await expected()
+        [link] = it.traffic._down.values()
+        assert not link.fast
 
 
 async def test_a_chunk_that_stalls_is_given_up_and_the_rest_computed():

@@ -210,6 +210,6 @@ async def test_a_full_newcomer_evicts_nothing_for_copies(mesh):
     assert await puller.pull([store.info, small.info]) == 2
     assert await puller.pull([store.info, small.info]) == 0
     assert {entry.key for entry in small.vault.store} == {chunk.key for chunk in ticket.chunks[:2]}
-    assert small.vault.store.memory.evictions == 0
+    assert small.vault.store.memory.counters.evictions == 0
     await mesh.kill("store-0")
     assert await puller.pull([store.info, small.info]) == 0

@@ -8,7 +8,7 @@ moves      chunks between tiers     blobs      bytes in memory, files in a pool 
 tiers      files                    remote     blobs in Redis, single or cluster
 pull       chunks it came to own    label      what stands before a blob
 index      announcements in Redis   events     what was stored and evicted
-meter      readings and metrics
+meter      readings and metrics     ledger     the books of the remote tier, as scripts
 
 and pure:
 

@@ -194,7 +194,7 @@ class Measured:
             batch = (self._batch + load.sequences) / 2
             context = (self._context + load.context_tokens) / 2
             seconds = (time.monotonic() - began - generation.timings.transfer_seconds + self._transfer) / gained
-            found.append(Decoded(worker, gained, seconds, batch, context))
+            found.append(Decoded(worker, gained, seconds, batch, context, assignment.disturbed))
         return found
 
 

@@ -28,6 +28,8 @@ from kvmesh.types import Role, WorkerInfo
 SUSPICION_SECONDS = 10.0
 SMOOTHING = 0.02
 """Weight of the newest request in the running means over all requests."""
+LEAST_STEP = 0.2
+"""Of the measured time per token, what a step took at least, however much time is said to have gone to prompts."""
 Cost = Callable[[WorkerInfo, Load], Any]
 """What can be compared: a number, or a tuple of them."""
 
@@ -96,6 +98,11 @@ class Fleet:
         capacity, load = worker.capacity.blocks * worker.capacity.block_tokens, self.load(worker)
         return capacity - load.context_tokens - load.sequences * self.mean_output / 2 if capacity else inf
 
+    def fullness(self, worker: WorkerInfo, tokens: int) -> float:
+        """Share of its KV memory that is in use with so many tokens more; 0 if the worker does not say."""
+        capacity = worker.capacity.blocks * worker.capacity.block_tokens
+        return max(0.0, 1.0 - (self.room(worker) - tokens) / capacity) if capacity else 0.0
+
     def step_seconds(self, worker: WorkerInfo, context: float, sequences: int, now: float) -> float:
         """Predicted time per token there with so much more load, prompts computed between the steps included."""
         load = self.load(worker)
@@ -155,8 +162,9 @@ class Fleet:
         match observation:
             case Prefilled(worker, computed, cached, seconds):
                 self.times(worker).prefill.observe(computed, cached, seconds)
-            case Decoded(worker, tokens, seconds, batch, context):
-                self.times(worker).step.observe(context, batch, seconds)
+            case Decoded(worker, tokens, seconds, batch, context, disturbed):
+                step = max(LEAST_STEP * seconds, seconds - disturbed / max(1, tokens))
+                self.times(worker).step.observe(context, batch, step)
                 self.mean_output += SMOOTHING * (tokens + 1 - self.mean_output)
                 self.mean_decode_seconds += SMOOTHING * (tokens * seconds - self.mean_decode_seconds)
             case Transferred(worker, tokens, seconds) if tokens:

@@ -9,7 +9,7 @@ objective this becomes chunked colocation, at a tight one disaggregation (compar
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 from kvmesh.scheduling.base import FleetPolicy
@@ -20,8 +20,10 @@ from kvmesh.types import WorkerInfo
 
 BESIDE_PROMPTS = 0.7
 """Share of the objective per token that must suffice on a worker that mainly computes prompts: those come in bursts."""
-AIM = 0.9
+AIM = 0.97
 """Share of the objective per token up to which prompts may slow decodes down: what is predicted is a little wrong."""
+CROWDING = 2.0
+"""What the last of a worker's KV memory costs, in shares of an objective: whoever finds no room waits."""
 LOST = 1.5
 """Times the objective per token from which a request is given up."""
 
@@ -30,7 +32,7 @@ LOST = 1.5
 class Option:
     """A place for a prompt: when its first token would come, and which share of somebody's budget it would use.
 
-    `decode`: predicted seconds per token afterwards, there or at the best decode worker.
+    `decode`: what generating costs afterwards, there or at the best decode worker, in shares of the objective.
     """
 
     worker: WorkerInfo
@@ -43,7 +45,7 @@ class Option:
     def cost(self, slo: Slo) -> tuple[bool, float]:
         """Harmless first; then shares of the objectives, or plain seconds if there is none for the first token."""
         first = self.ttft / slo.ttft if slo.ttft < inf else self.ttft
-        return self.harm > 1.0, first + min(self.harm, 1.0) + self.decode / slo.tpot
+        return self.harm > 1.0, first + min(self.harm, 1.0) + self.decode
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class Hybrid(FleetPolicy):
         # Who does both computes only what it decodes: KV in two places would cost twice the room.
         apart = [worker for worker in fleet.phases.prefill(pool) if not fleet.phases.of(worker).decodes]
         decode = min((option.decode for option in local), default=0.0)
-        remote = [self._option(worker, prompt, now, decode) for worker in apart]
+        remote = [self._apart(worker, prompt, now, decode) for worker in apart]
         best = self._best([*remote, *local], prompt, now, avoid)
         if best is None or best.local:
             return None
@@ -103,20 +105,22 @@ class Hybrid(FleetPolicy):
 
     def _local(self, workers: Sequence[WorkerInfo], prompt: Prompt, now: float) -> list[Option]:
         """Each decode worker, for its own prompt."""
-        fleet, options = self.fleet, []
-        for worker in fleet.phases.decode(workers):
-            load = fleet.load(worker)
-            option = self._option(worker, prompt, now, fleet.step_seconds(worker, prompt.tokens, prompt.samples, now))
-            step = fleet.times(worker).step.predict(load.context_tokens + prompt.tokens, load.sequences + 1)
-            spoilt = fleet.room(worker) < prompt.tokens or step > AIM * prompt.slo.tpot
-            harm = inf if spoilt else option.harm
-            options.append(replace(option, local=True, ttft=option.ttft + step, harm=harm))
-        return options
+        return [self._beside_decodes(worker, prompt, now) for worker in self.fleet.phases.decode(workers)]
 
-    def _option(self, worker: WorkerInfo, prompt: Prompt, now: float, decode: float) -> Option:
+    def _beside_decodes(self, worker: WorkerInfo, prompt: Prompt, now: float) -> Option:
+        fleet, load, tpot = self.fleet, self.fleet.load(worker), prompt.slo.tpot
+        work, full = fleet.estimate(worker, prompt), fleet.fullness(worker, prompt.tokens)
+        step = fleet.times(worker).step.predict(load.context_tokens + prompt.tokens, load.sequences + prompt.samples)
+        ttft = load.wait(now) + work.seconds + step + max(0.0, full - 1.0) * fleet.mean_decode_seconds
+        spoilt = full > 1.0 or step > AIM * tpot
+        harm = inf if spoilt else self._harm(worker, load, work.seconds, now)
+        decode = fleet.step_seconds(worker, prompt.tokens, prompt.samples, now) / tpot + CROWDING * full
+        return Option(worker, True, work, ttft, harm, decode)
+
+    def _apart(self, worker: WorkerInfo, prompt: Prompt, now: float, decode: float) -> Option:
         load, work = self.fleet.load(worker), self.fleet.estimate(worker, prompt)
-        ttft = load.wait(now) + work.seconds
-        return Option(worker, False, work, ttft, self._harm(worker, load, work.seconds, now), decode)
+        harm = self._harm(worker, load, work.seconds, now)
+        return Option(worker, False, work, load.wait(now) + work.seconds, harm, decode)
 
     def _harm(self, worker: WorkerInfo, load: Load, seconds: float, now: float) -> float:
         """The largest share of a running request's remaining budget that `seconds` of prompt work would use."""

@@ -142,6 +142,11 @@ class Assignment:
         """Seconds of prompt work on its worker, done and queued, that fall into its decoding."""
         return self.load.taken - self.undisturbed
 
+    @property
+    def disturbed(self) -> float:
+        """The part of it that is done."""
+        return max(0.0, self.disturbance - self.load.prompt_seconds)
+
     def _begin_decoding(self, now: float) -> None:
         self.decoding_since = now
         self.undisturbed = self.load.taken - self.load.prompt_seconds

@@ -61,13 +61,17 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A sequence gained `tokens` at `seconds` each, beside a mean of `batch` sequences with `context_tokens` in all."""
+    """A sequence gained `tokens` at `seconds` each, beside a mean of `batch` sequences with `context_tokens` in all.
+
+    `disturbed`: seconds of the whole that the worker probably spent on prompts.
+    """
 
     worker: WorkerInfo
     tokens: int
     seconds: float
     batch: float
     context_tokens: float
+    disturbed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,13 @@
 
 Chunks follow one another through computing, encoding, putting, fetching and decoding, so the busiest step counts: for
 the request that publishes what it takes beyond computing, and for those who find the chunk stored later the busier one
-of fetching and decoding. The sum of both decides. A small codec keeps decoders busy and a large one links; where both are slow,
-chunks take turns, and both are busy. Where nobody and nothing is remote a chunk stays as it is, however slow things
-seem: a busy machine must not make KV lossy. Pure.
+of fetching and decoding. The sum of both decides. A small codec keeps decoders busy and a large one links; where both
+are slow, chunks take turns, and both are busy. Where nobody and nothing is remote a chunk stays as it is, however slow
+things seem: a busy machine must not make KV lossy. Pure.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,11 +1,13 @@
 """Hybrid: where a prompt is computed follows the objectives; who decodes is not harmed."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmesh.scheduling.fleet import Fleet
 from kvmesh.scheduling.hybrid import Hybrid
 from kvmesh.scheduling.phases import Phases
-from kvmesh.scheduling.policy import Prompt, Slo
+from kvmesh.scheduling.policy import Decoded, Prompt, Slo
 from kvmesh.scheduling.predictor import Profile
 from kvmesh.types import Role, WorkerCapacity, WorkerInfo
 
@@ -80,3 +82,72 @@ def test_the_choice_at_decode_is_the_one_that_was_compared(slo):
     local = [decode for prefill, decode in chosen if prefill is None]
     assert all(decode.prompt_tokens for decode in local)
     assert policy.check_integrity() == []
+
+
+def test_of_equals_the_one_with_more_room_is_chosen():
+    small = WorkerInfo("small", 1, Role.DECODE, "", 1, capacity=WorkerCapacity(blocks=100))
+    policy = hybrid()
+    for worker in (DECODE, small):
+        policy.decode([worker], 400, 1, 0.0, prompt=Prompt(400, slo=LOOSE))
+    _, decode = serve(policy, [small, DECODE], 100, LOOSE)
+    assert decode.worker is DECODE
+
+
+def test_who_finds_no_room_waits_where_it_comes_first():
+    crowded, full = (WorkerInfo(name, 1, Role.DECODE, "", 1, capacity=WorkerCapacity(blocks=10)) for name in "cf")
+    policy = hybrid()
+    for worker, tokens in ((crowded, 120), (full, 160)):
+        policy.decode([worker], tokens, 1, 0.0, prompt=Prompt(tokens, slo=LOOSE))
+    _, decode = serve(policy, [full, crowded], 100, LOOSE)
+    assert decode.worker is crowded
+
+
+running = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400), st.floats(0.012, 0.2)), max_size=30)
+
+
+@given(running, st.lists(st.integers(1, 900), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_while_there_is_a_prefill_worker_no_prompt_breaks_what_others_may_expect(decodes, prompts):
+    """By the books: a usual request's steps and all prompts beside it still fit its objective."""
+    workers = [WorkerInfo(f"d{i}", 1, Role.DECODE, "", 1, capacity=WorkerCapacity(blocks=1000)) for i in range(3)]
+    policy = hybrid()
+    for where, tokens, tpot in decodes:
+        policy.decode([workers[where]], tokens, 1, 0.0, prompt=Prompt(tokens, slo=Slo(1.0, tpot)))
+    for tokens in prompts:
+        before = {worker.worker_id: _steps(policy, worker) for worker in workers}
+        prefill, decode = serve(policy, [PREFILL, *workers], tokens, LOOSE)
+        if prefill is None:
+            step, usual = before[decode.worker.worker_id], policy.caution * policy.fleet.mean_output
+            others = [one for one in decode.load.assignments.values() if one.decoding_since is not None]
+            lost = [one for one in others if step > one.slo_tpot]
+            kept = [one for one in others if one not in lost]
+            assert all(step * usual + one.disturbance <= one.slo_tpot * usual for one in kept)
+
+
+def _steps(policy, worker):
+    load = policy.fleet.load(worker)
+    return policy.fleet.times(worker).step.predict(load.context_tokens, load.sequences)
+
+
+@given(st.integers(2, 400), st.floats(0.0, 5.0), st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_prompts_beside_a_decode_are_not_taken_for_slow_steps(tokens, disturbed, batch):
+    """A step of 10 ms and 1 ms a sequence stays one, however much time prompts took from those who decoded."""
+    fleet = hybrid().fleet
+    step = 0.01 + 1e-3 * batch
+    disturbed = min(disturbed, 2 * step * tokens)
+    for _ in range(20):
+        fleet.observe(Decoded(DECODE, tokens, step + disturbed / tokens, batch, 100.0 * batch, disturbed))
+    assert fleet.times(DECODE).step.predict(100.0 * batch, batch) == pytest.approx(step)
+
+
+def test_only_prompts_that_were_computed_count_as_time_lost():
+    policy = hybrid()
+    _, running = serve(policy, [DECODE], 100, LOOSE)
+    running.first_token(0.1)
+    _, beside = serve(policy, [DECODE], 200, LOOSE, now=0.1)
+    assert running.disturbed == pytest.approx(0.0)
+    beside.first_token(0.4)
+    assert running.disturbed == pytest.approx(0.2)
+    serve(policy, [DECODE], 300, LOOSE, now=0.4)
+    assert running.disturbed == pytest.approx(0.2)

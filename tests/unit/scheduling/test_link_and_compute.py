@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.scheduling.compute import ComputeSpeed
-from kvmesh.scheduling.link import SMALLEST, Link
+from kvmesh.scheduling.link import FAST, SMALLEST, Link
 
 MB = 1 << 20
 
@@ -60,6 +60,17 @@ def test_the_capacity_is_that_of_the_best_moments():
     link.end(link.begin(1.0), MB, 1.3)
     assert link.throughput < 10 * MB
     assert link.capacity == pytest.approx(5 * MB)
+
+
+def test_a_link_is_fast_until_something_stalls():
+    link = Link()
+    assert not link.fast
+    link.requests = 2
+    link.streamed(0.02, int(0.01 * FAST))
+    assert link.throughput == pytest.approx(FAST)
+    assert link.fast
+    link.streamed(3.0, 0)
+    assert not link.fast
 
 
 def test_a_reader_that_is_busy_between_small_transfers_does_not_make_the_link_look_slow():

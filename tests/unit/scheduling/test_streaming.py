@@ -39,6 +39,14 @@ def test_on_a_constant_link_no_fixed_choice_is_faster_by_five_per_cent(mbit, tok
     assert all(quality >= floor for quality in got.qualities)
 
 
+def test_nothing_is_left_to_decide_where_all_is_fetched_in_its_only_version():
+    policy, outlook = Streaming(100 * CHUNK + 1, speed(1000)), Outlook(1e9)
+    assert policy.whole(offers(100, (1.2,), 0.0), outlook, 0.0)
+    assert not policy.whole(offers(100, BITS, 0.0), outlook, 0.0)
+    assert not policy.whole(offers(100, (1.2,), 0.0), Outlook(None), 0.0)
+    assert not policy.whole(offers(100, (1.2,), 1.0), outlook, 0.0)
+
+
 @given(mbit=st.floats(5, 20_000), tokens_per_second=st.floats(100, 50_000), limit=st.floats(0.05, 20))
 @settings(max_examples=80, deadline=None)
 def test_a_limit_that_a_fixed_choice_keeps_with_the_margin_is_kept_with_no_more_loss(mbit, tokens_per_second, limit):

@@ -37,7 +37,7 @@ SPLITS = 5
 FINALISTS = 8
 REQUESTS = 150
 """Of the simulation that a finalist goes through, at the rate that it is estimated to serve."""
-CLOSE = 0.75
+CLOSE = 0.85
 """A finalist is worth so much of the best."""
 
 

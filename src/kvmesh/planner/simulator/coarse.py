@@ -58,11 +58,16 @@ class CoarseSequence(EngineSequence):
     """One sample without token ids; `names` are those of the prompt's blocks, none if it shares nothing."""
 
     __slots__ = ("number",)
+    tokens: Repeated  # type: ignore[assignment]
 
     def __init__(self, group: Group, number: int, length: int, names: Iterable[int]) -> None:
         super().__init__(group, group.sequences[0].samples, Repeated(number, length))  # type: ignore[arg-type]
         self.number = number
         self.hashes = [name.to_bytes(NAME_BYTES, "little") for name in names]
+
+    @property
+    def pending(self) -> int:
+        return self.tokens.length - self.computed
 
     def block_hashes(self, tokens: int) -> list[bytes]:
         """Blocks after the shared ones are the request's own, and named so."""
@@ -80,7 +85,7 @@ class CoarseSequence(EngineSequence):
         """`steps` iterations of `tokens` tokens each; if it draws, each brings the token that the next computes."""
         if draws:
             self.samples[0].output += repeat(self.number, steps)
-            self.tokens.length += steps  # type: ignore[attr-defined]
+            self.tokens.length += steps
         self.computed += steps * tokens
 
 
@@ -98,25 +103,25 @@ class CoarseScheduler(Scheduler):
         return [self._limit(sequence, row) for sequence, row in zip(iteration.sequences, iteration.rows, strict=True)]
 
     def _limit(self, sequence: EngineSequence, row: Row) -> int:
-        tokens, request = len(row.token_ids), sequence.group.request
+        group, tokens = sequence.group, len(row.token_ids)
         if not row.draws:
             return (sequence.pending - 1) // tokens if tokens > 1 else 1
-        (sample,) = sequence.samples
-        if tokens > 1 or request.prefill_only or not sample.output:
-            return 1
-        return min(request.sampling.max_tokens, self.max_model_len - len(request.prompt)) - len(sample.output)
+        output = sequence.samples[0].output
+        return group.longest - len(output) if tokens == 1 and output and not group.request.prefill_only else 1
 
     def leap(self, iteration: Iteration, limits: Sequence[int], steps: int) -> Iteration:
         """Does what `steps` rounds of complete() and schedule() would have done, but for the last complete() of the
         sequences that are returned: those that end, or have their first token."""
         rest = Iteration()
         for sequence, row, limit in zip(iteration.sequences, iteration.rows, limits, strict=True):
-            tokens, ends = len(row.token_ids), bool(row.draws) and limit <= steps
-            cast(CoarseSequence, sequence).leap(steps - ends, tokens, bool(row.draws))
+            tokens, draws = len(row.token_ids), bool(row.draws)
+            ends = draws and limit <= steps
+            cast(CoarseSequence, sequence).leap(steps - ends, tokens, draws)
             covered = sequence.computed + tokens if ends else sequence.computed
             if covered > len(sequence.blocks) * BLOCK_TOKENS:
                 sequence.blocks += self.pool.allocate(blocks_for(covered) - len(sequence.blocks))
-            self._publish(sequence)
+            if sequence.hashes:
+                self._publish(sequence)
             if ends:
                 rest.sequences.append(sequence)
                 rest.rows.append(row)

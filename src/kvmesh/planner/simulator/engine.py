@@ -109,14 +109,14 @@ class Engine:
             [SampledToken(int(sequence.group.request.request_id))] if row.draws else []
             for sequence, row in zip(iteration.sequences, iteration.rows, strict=True)
         ]
-        events, _ = self.scheduler.complete(iteration, sampled)
         for sequence, tokens in zip(iteration.sequences, sampled, strict=True):
             if tokens and sequence.group.request.prefill_only:
                 self._hold(sequence)
+        events, _ = self.scheduler.complete(iteration, sampled)
         return events
 
     def _hold(self, sequence: EngineSequence) -> None:
-        """Keeps the blocks of a prompt until somebody has fetched them; nothing was allocated since it let them go."""
+        """Keeps the blocks of a prompt, which the scheduler is about to let go, until somebody has fetched them."""
         self.scheduler.pool.share(sequence.blocks)
         self._held[sequence.group.request.request_id] = sequence.blocks
 

@@ -254,7 +254,8 @@ class Simulation:
         served.finish = now
         if served.output_tokens > 1 and journey.decode:
             batch, context = server.load
-            self.policy.observe(Decoded(server.worker, served.output_tokens - 1, served.tpot, batch, context))
+            gained, disturbed = served.output_tokens - 1, journey.decode.disturbed
+            self.policy.observe(Decoded(server.worker, gained, served.tpot, batch, context, disturbed))
         self.policy.observe(self._served(journey))
         if served.tpot > self.slo.tpot:
             self._miss(journey)
