@@ -48,7 +48,7 @@ protos: $(PROTOS_VENV)/.installed ## Generate src/kvmesh/v1 from protos/
 	$(PROTOS_VENV)/bin/python protos/generate.py
 
 bench: $(VENV)/.run ## Load a mesh and print latencies and goodput (ARGS="--rate 4 …")
-	$(BIN)/python bench/serve.py --up $(ARGS)
+	$(BIN)/kvmesh bench serve --up $(ARGS)
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) $(PROTOS_VENV) build dist

@@ -10,12 +10,14 @@ first `--sink` and last `--window` tokens, which stay exact. Then the model read
     metadata_share       of a chunk's bitstream that is no coded KV
     perplexity_increase  of the true continuation, against exact KV
     kl                   of the next-token distributions along it, from those after exact KV, in nats
-    greedy_agreement     leading tokens of a greedy continuation that are those after exact KV, as a share
+    greedy_agreement     leading tokens of a greedy continuation that are those after exact KV, as a share; of the first
+                         `--greedy-contexts`
     copy_delta_nll       of a passage from early in the context, repeated: it must be read out of the decoded KV
     copy_kl              along that passage
     other_…              the same for contexts of `--other`, texts of another domain than the calibration's
 
-A level of `transform` is a prefix of what is stored. Speeds are elements per second of CPU time of one thread.
+A level of `transform` is a prefix of what is stored, computed as a worker does. Speeds are elements per second of CPU
+time of one thread.
 `lmcache` is CacheGen as LMCache ships it (32/16/16 and 32/16 bins, scaled per token), its bits by an ideal coder
 whose tables are free. The JSON is written after every context.
 """
@@ -53,6 +55,7 @@ from kvmesh.kv.codecs.fp8 import Fp8
 from kvmesh.kv.codecs.int8 import Int8
 from kvmesh.kv.codecs.lossless import Lossless
 from kvmesh.kv.codecs.transform import Transform
+from kvmesh.kv.cuda.placement import place
 from kvmesh.types import BLOCK_TOKENS, CHUNK_TOKENS
 from kvmesh.worker.calibration import contexts
 
@@ -221,7 +224,7 @@ def coders(profile: Path, wanted: Sequence[str]) -> dict[tuple[str, int | None],
         name = f"cachegen, groups of {content.group}" if content.group else "cachegen"
         chosen[name, level] = through(CacheGen(read, level))
     for level in range(1, read.transform.quality_layers + 1 if read.transform else 0):
-        chosen["transform", level] = through(Transform(read, level))
+        chosen["transform", level] = through(place(Transform(read, level), "cpu"))
     named = tuple(wanted) or tuple(name for name, _ in chosen)
     return {key: coder for key, coder in chosen.items() if key[0] == "raw" or key[0].startswith(named)}
 
@@ -231,9 +234,10 @@ def judge(
     chosen: Sequence[Coder],
     tokens: Sequence[int],
     options: argparse.Namespace,
+    going_on: bool,
     advance: Callable[[], None],
 ) -> list[tuple[float, ...]]:
-    """For each coder: bits, metadata, ΔNLL, KL, ΔNLL and KL of the copy, speeds, agreement."""
+    """For each coder: bits, metadata, ΔNLL, KL, ΔNLL and KL of the copy, speeds and, if `going_on`, agreement."""
     context, continuation = tokens[: options.tokens], tokens[options.tokens :]
     passage = context[COPY_START : COPY_START + options.continuation]
     exact = judge.prefill(context)
@@ -258,8 +262,10 @@ def judge(
             decoded.decode_speed or math.nan,
         ])  # fmt: skip
         advance()
-    greedy = judge.greedy(continuation[0], options.greedy)
-    agreed = [float(np.append(row != greedy[0], True).argmax()) / options.greedy for row in greedy]
+    agreed = [math.nan] * len(results)
+    if going_on:
+        greedy = judge.greedy(continuation[0], options.greedy)
+        agreed = [float(np.append(row != greedy[0], True).argmax()) / options.greedy for row in greedy]
     return [(*result, share) for result, share in zip(results, agreed, strict=True)]
 
 
@@ -288,7 +294,8 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[list[Row], int]]:
         task = bar.add_task("codecs and contexts", total=(len(others) + len(passages)) * len(chosen))
         for passage in (*others, *passages):
             into = elsewhere if len(elsewhere) < len(others) else results
-            into.append(judge(model, list(chosen.values()), passage, options, lambda: bar.advance(task)))
+            going_on = into is results and len(results) < options.greedy_contexts
+            into.append(judge(model, list(chosen.values()), passage, options, going_on, lambda: bar.advance(task)))
             if results:
                 away = list(zip(*elsewhere, strict=True)) or [()] * len(chosen)
                 samples = zip(chosen, zip(*results, strict=True), away, strict=True)
@@ -300,7 +307,8 @@ def row(codec: str, level: int | None, same: Sequence[tuple[float, ...]], other:
     speeds = (statistics.median(speed) if not math.isnan(speed[0]) else None for speed in (encode, decode))
     mean = statistics.fmean
     elsewhere = [mean(column) for column in list(zip(*other, strict=True))[2:4]] or [None, None]
-    quality = (math.expm1(mean(loss)), mean(kl), mean(agreed), mean(copy), mean(copy_kl), *elsewhere)
+    agreement = mean(share for share in agreed if not math.isnan(share))
+    quality = (math.expm1(mean(loss)), mean(kl), agreement, mean(copy), mean(copy_kl), *elsewhere)
     return Row(codec, level, mean(bits), *quality, mean(side), *speeds)
 
 
@@ -342,7 +350,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=2048, help="of a context, a multiple of 256")
     parser.add_argument("--continuation", type=int, default=256)
-    parser.add_argument("--greedy", type=int, default=64)
+    parser.add_argument("--greedy", type=int, default=64, help="tokens of a greedy continuation")
+    parser.add_argument("--greedy-contexts", type=int, default=16, help="contexts that are gone on with greedily")
     parser.add_argument("--sink", type=int, default=4)
     parser.add_argument("--window", type=int, default=128)
     options = parser.parse_args()

@@ -79,11 +79,14 @@ def _answers(url: str) -> bool:
         return False
 
 
+def _environment() -> dict[str, str]:
+    """Without what is meant for kvmesh: a peer's threads wait as they do by default."""
+    return {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "PYTHONPATH")}
+
+
 def _vllm_environment(threads: int) -> dict[str, str]:
-    """Its threads bound to the first cores, and waiting as they do by default."""
     bind = f"0-{threads - 1}" if threads > 1 else "0"
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "PYTHONPATH")}
-    return kept | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "2"}
+    return _environment() | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def llama_bench(binary: str, gguf: Path, prompt: int, new: int, batches: Sequence[int], threads: int) -> list[Figure]:
@@ -91,7 +94,7 @@ def llama_bench(binary: str, gguf: Path, prompt: int, new: int, batches: Sequenc
     context = max(batches) * (prompt + new)
     sizes = ["-npp", str(prompt), "-ntg", str(new), "-npl", ",".join(map(str, batches)), "-c", str(context)]
     command = [binary, "-m", str(gguf), "-t", str(threads), "-b", "2048", "-ub", "512", *sizes]
-    output = _run([*command, "--output-format", "jsonl"], dict(os.environ))
+    output = _run([*command, "--output-format", "jsonl"], _environment())
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return [(row["pl"], row["speed_pp"], row["speed_tg"]) for row in rows]
 

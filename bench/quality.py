@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kvmesh.engine.attention.cpu import CpuAttention
+from kvmesh.engine.attention.choice import choose
 from kvmesh.engine.attention.interface import Segment
-from kvmesh.engine.attention.pool import KvPool
 from kvmesh.engine.build import resolve_dtype
+from kvmesh.engine.forward_choice import forward_of
 from kvmesh.engine.linear import PRECISIONS, resolve_precision
 from kvmesh.engine.loading import load
 from kvmesh.engine.models.llama import Decoder
@@ -53,23 +54,24 @@ class Row:
 
 
 class Model:
-    """A loaded model and KV for `sequences` sequences of `WINDOW` tokens, side by side."""
+    """A loaded model with the attention of this machine, and KV for `sequences` sequences of `WINDOW` tokens."""
 
     def __init__(self, folder: ModelFolder, precision: str, sequences: int) -> None:
         dtype = resolve_dtype("auto", "cpu", precision)
         self.decoder: Decoder = load(folder, dtype, precision=resolve_precision(precision, dtype))
         self._per_sequence = WINDOW // BLOCK_TOKENS
-        pool = KvPool(kv_layout(self.decoder), sequences * self._per_sequence)
-        self._attention = CpuAttention(pool, self.decoder.windows)
+        layout = kv_layout(self.decoder)
+        back_end = choose(layout, "cpu", torch.get_num_threads())
+        _, attention = back_end(layout, sequences * self._per_sequence, self.decoder.windows)
+        self._forward = forward_of(self.decoder, attention)
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[Sequence[int]], start: int, every: bool) -> Tensor:
         """float32 logits of rows of `tokens` at positions from `start`: of every token, else of each row's last."""
         count = len(tokens[0])
-        self._attention.plan([Segment(start, count, self._blocks(i)) for i in range(len(tokens))])
-        positions = torch.arange(start, start + count).repeat(len(tokens))
-        hidden = self.decoder.embed(torch.tensor(tokens).flatten())
-        hidden = self.decoder.forward(hidden, positions, self._attention)
+        segments = [Segment(start, count, self._blocks(i)) for i in range(len(tokens))]
+        positions = list(range(start, start + count)) * len(tokens)
+        hidden = self._forward(list(chain.from_iterable(tokens)), positions, segments)
         return self.decoder.logits(hidden if every else hidden[count - 1 :: count])
 
     def _blocks(self, sequence: int) -> range:

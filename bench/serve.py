@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="azure-conv", help="azure-conv, azure-code or a CSV of lengths")
     parser.add_argument("--scale", type=float, default=0.25, help="of prompts and outputs (default 0.25)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 1.5, 2, 3], help="requests per second")
-    parser.add_argument("--seconds", type=float, default=45, help="that each rate runs for (default 45)")
+    parser.add_argument("--seconds", type=float, default=40, help="that each rate runs for (default 40)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     rows = measure_all(args)

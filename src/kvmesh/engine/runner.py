@@ -16,7 +16,7 @@ from kvmesh.engine.attention.choice import torch_back_end
 from kvmesh.engine.attention.flashinfer_pool import PagePool
 from kvmesh.engine.attention.interface import BackEnd, Segment
 from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
-from kvmesh.engine.cuda.graphs import forward_of
+from kvmesh.engine.forward_choice import forward_of
 from kvmesh.engine.grammar import Grammars
 from kvmesh.engine.models.llama import Decoder
 from kvmesh.engine.sampling import sample

@@ -18,6 +18,8 @@ from kvmesh.engine.loading import load
 from kvmesh.engine.models.rope import inverse_frequencies
 from kvmesh.hub import ModelFolder
 
+_ROWS = 256
+
 
 class _Watching:
     """Implements `Attention` for one text from its start, and keeps K and V with their gradients."""
@@ -61,13 +63,19 @@ class Sensitivity:
         model = self._model
         attention = _Watching(model.windows, model.config.kv_planes)
         hidden = model.embed(torch.tensor(tokens)).detach().requires_grad_()
-        logits = model.logits(model.forward(hidden, torch.arange(len(tokens)), attention))
-        logprobs = F.log_softmax(logits, dim=-1)
-        drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
-        torch.autograd.backward(logprobs.gather(1, drawn).sum())
+        self._draw(model.forward(hidden, torch.arange(len(tokens)), attention), seed)
         kv = [torch.stack([plane.detach() for plane in planes]) for planes in attention.kv]
         gradients = [torch.stack([_gradient(plane) for plane in planes]) for planes in attention.kv]
         return torch.stack(kv).numpy(), torch.stack(gradients).numpy()
+
+    def _draw(self, hidden: Tensor, seed: int) -> None:
+        """Backward from the log-probabilities of drawn tokens, some rows at a time: logits of large vocabularies."""
+        generator, end = torch.Generator().manual_seed(seed), hidden.detach().requires_grad_()
+        for rows in torch.split(end, _ROWS):
+            logprobs = F.log_softmax(self._model.logits(rows), dim=-1)
+            drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
+            torch.autograd.backward(logprobs.gather(1, drawn).sum())
+        torch.autograd.backward(hidden, end.grad)
 
 
 def _gradient(plane: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
     profile = find_profile(config.codec_profile, folder.path, folder.name)
     # On loopback nothing is remote, so nothing becomes lossy: no need to wait for what only that needs.
     warm = config.codec != "auto" or not is_loopback(config.advertise or config.host)
-    coder = device if device == "cuda" else None
-    codec = open_codec(config.codec, _shape(kv_layout_of(folder, dtype)), profile, warm=warm, device=coder)
+    codec = open_codec(config.codec, _shape(kv_layout_of(folder, dtype)), profile, warm=warm, device=device)
     engine = build_engine(
         folder,
         dtype=dtype,

@@ -35,7 +35,11 @@ def rendered(values):
 VALUES = {
     "default": {},
     "planned": planned(),
-    "scaled": {"autoscaling": {"enabled": True}, "router": {"powerBudget": 12000}, "kvstore": {"replicas": 3, "replicationFactor": 2}},
+    "scaled": {
+        "autoscaling": {"enabled": True},
+        "router": {"powerBudget": 12000},
+        "kvstore": {"replicas": 3, "replicationFactor": 2},
+    },
     "elsewhere": {
         "redis": {"url": "rediss://user:secret@redis.example:6380/1"},
         "modelCache": {"existingClaim": "models"},

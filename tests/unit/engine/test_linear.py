@@ -123,7 +123,7 @@ def test_two_packings_share_the_work_by_rows():
 
 
 def test_auto_takes_int4_only_where_it_loses_nothing():
-    auto = packing_of("auto").layer
+    auto = packing_of("auto", native=lambda: None).layer
     assert isinstance(auto(q4_1(), None, None).few, Int4)
     assert not isinstance(auto(random(OUT, IN), None, None).few, Int4)
     assert not isinstance(auto(random(OUT, 48), None, None).few, Int4)
@@ -131,7 +131,7 @@ def test_auto_takes_int4_only_where_it_loses_nothing():
 
 def test_shapes_that_int4_cannot_hold_are_bfloat16():
     assert not fits(random(OUT, 48))
-    product = packing_of("int4").layer(random(OUT, 48), None, None)
+    product = packing_of("int4", native=lambda: None).layer(random(OUT, 48), None, None)
     assert relative_error(product, random(OUT, 48), random(3, 48).bfloat16()) < 0.008
 
 
@@ -159,8 +159,9 @@ def test_a_channel_never_seen_is_left_as_it_is():
     assert relative_error(smooth_int8(weight, None, ranges), weight, random(5, IN).bfloat16()) < 0.03
 
 
-def test_every_product_of_a_model_is_watched(folder):
-    model = load(folder, "bfloat16", precision="int8")
+def test_without_native_products_every_one_of_a_model_is_watched(folder):
+    packing = packing_of("int8", native=lambda: None)
+    model = load(folder, "bfloat16", precision="int8", packing=packing)
     assert all(isinstance(layer.qkv, Smoothed) for layer in model.weights.layers)
     assert not any(isinstance(layer.feed_forward.down, Smoothed) for layer in model.weights.layers)
 

@@ -4,15 +4,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvmesh.engine.api import EngineRequest
+from kvmesh.engine.attention.cpu import CpuAttention
+from kvmesh.engine.attention.interface import Segment
+from kvmesh.engine.attention.latent import LatentAttention, LatentHeads
 from kvmesh.engine.attention.native import supports
+from kvmesh.engine.attention.pool import KvPool
 from kvmesh.engine.attention.reference import ReferenceAttention
 from kvmesh.engine.build import build_runner, kv_layout_of
 from kvmesh.engine.core import EngineCore
 from kvmesh.engine.loading import load
 from kvmesh.engine.models.config import parse
+from kvmesh.engine.runner import kv_layout
 from kvmesh.errors import InvalidArgument
 from kvmesh.kv import bitstream
 from kvmesh.types import SamplingParams
@@ -62,6 +68,14 @@ MODELS: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
 }
 
 
+@torch.inference_mode()
+def run(model: Any, attention: Any, tokens: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+    """Logits of the segments' tokens, one after the other."""
+    attention.plan(segments)
+    positions = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
+    return model.logits(model.forward(model.embed(tokens[positions]), positions, attention))
+
+
 def saved(name: str, path: Any) -> tuple[Any, Any]:
     (config_class, model_class), overrides = MODELS[name]
     return saved_model(config_class, model_class, path, scale=0.25, **{**LATENT, **overrides})
@@ -78,8 +92,34 @@ def test_prefill_in_chunks_and_decode_match_transformers(pair, chunks):
     assert_matches(*pair, chunks)
 
 
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_expanding_long_chunks_matches_transformers(pair, chunks):
+    assert_matches(*pair, chunks, LatentAttention)
+
+
+def test_a_batch_may_expand_some_sequences_only(pair):
+    """A prompt, a chunk after a past, and a step, in one batch: as each alone, on latents."""
+    _, model = pair
+    tokens, starts, ends = random_tokens(100), (0, 20, 45), (30, 55, 46)
+    segments = [Segment(s, e - s, range(4 * i, 4 * i + 4)) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
+
+    def logits(attention: type[CpuAttention], together: bool) -> torch.Tensor:
+        back_end = attention(KvPool(kv_layout(model), 12), model.windows)
+        past = [Segment(0, s.start, s.block_ids) for s in segments[1:]]
+        batches = [past, segments] if together else [[segment] for segment in (*past, *segments)]
+        return torch.cat([run(model, back_end, tokens, batch) for batch in batches])
+
+    torch.testing.assert_close(logits(LatentAttention, True), logits(CpuAttention, False), atol=1e-4, rtol=0)
+
+
 def test_the_reference_attention_agrees(pair):
     assert_matches(*pair, CHUNKS["ragged"], ReferenceAttention)
+
+
+def test_long_chunks_expand_and_steps_never_do():
+    heads = LatentHeads(torch.zeros(16, 128, 512), torch.zeros(16, 512, 128), 1.0, 1.0)
+    assert [heads.pays(tokens, 4096, 64) for tokens in (1, 100, 150, 200, 4096)] == [False, False, False, True, True]
+    assert not any(heads.pays(1, length, 64) for length in (2, 16, 1000, 100_000))
 
 
 def test_the_cache_holds_one_latent_per_token(tmp_path):

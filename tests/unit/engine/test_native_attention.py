@@ -19,7 +19,7 @@ from kvmesh.engine.attention import choice
 from kvmesh.engine.attention.cpu import CpuAttention
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.attention.native import Kernel, NativeAttention, PackedPool, supports
-from kvmesh.engine.attention.native_build import TARGETS, CannotBuild, load_library
+from kvmesh.engine.attention.native_build import TARGETS, CannotBuild, load_library, writable
 from kvmesh.engine.attention.pool import KvPool
 from kvmesh.engine.attention.reference import ReferenceAttention
 from kvmesh.errors import InvalidArgument
@@ -203,6 +203,23 @@ def test_the_kernel_is_compiled_once(tmp_path):
     build()
     assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [library.parent]
+
+
+def test_where_the_cache_is_read_only_a_private_folder_serves(tmp_path):
+    (tmp_path / "file").touch()
+    read_only, private = tmp_path / "file" / "kernels", tmp_path / "private"
+    assert writable(tmp_path / "kernels", private) == tmp_path / "kernels"
+    assert [writable(read_only, private) for _ in range(2)] == [private] * 2
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_others_may_write_is_not_trusted(tmp_path):
+    (tmp_path / "file").touch()
+    private = tmp_path / "private"
+    private.mkdir()
+    private.chmod(0o777)
+    with pytest.raises(CannotBuild, match="not a folder of this user alone"):
+        writable(tmp_path / "file" / "kernels", private)
 
 
 def chosen(layout: KvLayout, caplog, library=load_library):

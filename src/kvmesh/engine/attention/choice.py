@@ -14,6 +14,7 @@ from kvmesh.engine.attention.cpu import CpuAttention
 from kvmesh.engine.attention.flashinfer_api import FlashInfer, import_flashinfer
 from kvmesh.engine.attention.flashinfer_choice import checked_flashinfer
 from kvmesh.engine.attention.interface import Attention, BackEnd
+from kvmesh.engine.attention.latent import LatentAttention
 from kvmesh.engine.attention.native import SHARING, Kernel, NativeAttention, PackedPool, supports
 from kvmesh.engine.attention.native_build import CannotBuild, load_library
 from kvmesh.engine.attention.pool import KvPool, PagedKv
@@ -27,7 +28,7 @@ def torch_back_end(device: torch.device | str = "cpu") -> BackEnd:
 
     def build(layout: KvLayout, blocks: int, windows: Sequence[int | None]) -> tuple[PagedKv, Attention]:
         pool = KvPool(layout, blocks, device)
-        return pool, CpuAttention(pool, windows)
+        return pool, (LatentAttention if layout.planes == 1 else CpuAttention)(pool, windows)
 
     return build
 

@@ -20,7 +20,7 @@ from kvmesh.types import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class Reading:
     """How one segment reads its keys: tokens [skip, skip + length) of `blocks`.
 
     `fresh`: the segment is the whole sequence, so plain causal attention to its own new keys is all.
@@ -33,6 +33,11 @@ class _Reading:
     mask: Tensor | None
     fresh: bool
 
+    @property
+    def tokens(self) -> int:
+        """Of queries."""
+        return int(self.rows.stop - self.rows.start)
+
 
 class CpuAttention:
     """Implements `Attention` for any torch device; `windows` has one entry per layer."""
@@ -41,7 +46,7 @@ class CpuAttention:
         self._pool = pool
         self._windows = windows
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._readings: dict[int | None, list[_Reading]] = {}
+        self._readings: dict[int | None, list[Reading]] = {}
 
     def plan(self, segments: Sequence[Segment]) -> None:
         self._slots = torch.cat([self._pool.slots(s.block_ids, s.start, s.tokens) for s in segments])
@@ -53,29 +58,33 @@ class CpuAttention:
         outputs = [self._attend(layer, reading, q, k, v) for reading in readings]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(self, layer: int, reading: _Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layer: int, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = reading.rows
         if reading.fresh:
             return _attend_many(q[rows], k[rows], v[rows], None, causal=True)
-        planes = self._pool.gather(layer, reading.blocks)[:, reading.skip : reading.skip + reading.length]
+        planes = self._past(layer, reading)
         keys, values = planes[0], planes[-1]
-        if rows.stop - rows.start == 1:
+        if reading.tokens == 1:
             return _attend_one(q[rows], keys, values)
         return _attend_many(q[rows], keys, values, reading.mask, causal=False)
 
-    def _read(self, segments: Sequence[Segment], window: int | None) -> list[_Reading]:
+    def _past(self, layer: int, reading: Reading) -> Tensor:
+        """All that a segment sees: `[planes, tokens, kv_heads, head_dim]`."""
+        return self._pool.gather(layer, reading.blocks)[:, reading.skip : reading.skip + reading.length]
+
+    def _read(self, segments: Sequence[Segment], window: int | None) -> list[Reading]:
         readings, first = [], 0
         for segment in segments:
             readings.append(self._reading(segment, window, slice(first, first + segment.tokens)))
             first += segment.tokens
         return readings
 
-    def _reading(self, segment: Segment, window: int | None, rows: slice) -> _Reading:
+    def _reading(self, segment: Segment, window: int | None, rows: slice) -> Reading:
         oldest = max(0, segment.start - window + 1) if window else 0
         first_block = oldest // BLOCK_TOKENS
         fresh = segment.start == 0 and segment.tokens > 1 and (not window or segment.tokens <= window)
         masked = segment.tokens > 1 and not fresh
-        return _Reading(
+        return Reading(
             rows=rows,
             blocks=self._blocks(segment.block_ids[first_block : -(-segment.end // BLOCK_TOKENS)]),
             skip=oldest - first_block * BLOCK_TOKENS,

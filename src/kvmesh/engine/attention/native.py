@@ -1,6 +1,6 @@
 """Attention by a native kernel: one call per layer writes new KV and attends, for any mix of decode and prefill rows.
 
-The kernel reads KV in place in a layout of its own (see kernel/attention.cpp), so it comes with its own pool. Knows no
+The kernel reads KV in place in a layout of its own (see kernel/pool.hpp), so it comes with its own pool. Knows no
 weights and compiles nothing.
 """
 
@@ -234,6 +234,16 @@ class NativeAttention:
     def plan(self, segments: Sequence[Segment]) -> None:
         self._tables.fill(segments)
 
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the kernel's attention, pool and planned batch, for what calls it natively."""
+        return self._handle, self._pool.address, self._tables.address
+
+    def share_between(self, group: int) -> None:
+        """Tells how many query heads read one KV head, which decides when sharing pays."""
+        if self._tables.sharing:
+            self._tables.sharing = replace(self._tables.sharing, group=group)
+
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._run(layer, q, k, v, None)
 
@@ -260,8 +270,7 @@ class NativeAttention:
         strides = (q.stride(), k.stride(), v.stride())
         q, k, v = (_rows_together(x) for x in (q, k, v))
         rows = self._rows
-        if self._tables.sharing:
-            self._tables.sharing = replace(self._tables.sharing, group=q.shape[1] // k.shape[1])
+        self.share_between(q.shape[1] // k.shape[1])
         rows.q_stride, rows.k_stride, rows.v_stride = q.stride(0), k.stride(0), v.stride(0)
         self._strides = strides if strides == (q.stride(), k.stride(), v.stride()) else None
         return q, k, v

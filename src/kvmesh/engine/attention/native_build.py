@@ -1,6 +1,7 @@
-"""Compiles the attention kernel with the system's compiler, once per source, flags and CPU, into the user's cache.
+"""Compiles the native kernels with the system's compiler, once per source, flags and CPU, into the user's cache.
 
-Knows no torch and nothing of what the kernel computes. Processes that start together wait for one of them to compile.
+Where that is read-only, as in a container, a folder among the temporary files serves. Knows no torch and nothing of what
+they compute. Processes that start together wait for one of them to compile.
 """
 
 from __future__ import annotations
@@ -10,17 +11,29 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from kvmesh.hub.cache import build_once
 from kvmesh.hub.cache import default_cache as models_cache
 
-LIBRARY = "attention.so"
+LIBRARY = "kernels.so"
 SOURCES = Path(__file__).parent / "kernel"
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fvisibility=hidden",
+)
 COMPILERS = ("c++", "g++", "clang++")
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 """Tried in order; the last one is what any compiler takes for any CPU."""
@@ -54,18 +67,36 @@ def load_library(
 
 
 def default_cache() -> Path:
-    """Where kernels are kept: beside the models in the user's cache."""
-    return models_cache().with_name("kernels")
+    """Where kernels are kept: beside the models in the user's cache, or among temporary files if that is read-only."""
+    private = Path(tempfile.gettempdir()) / f"kvmesh-kernels-{os.getuid()}"
+    return writable(models_cache().with_name("kernels"), private)
+
+
+def writable(folder: Path, private: Path) -> Path:
+    """`folder`, or `private` where that cannot be written: code is loaded from there, so it is this user's alone.
+
+    Raises:
+        CannotBuild: `private` belongs to somebody else, or is open to others.
+    """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        return folder
+    private.mkdir(mode=0o700, exist_ok=True)
+    found = private.lstat()
+    if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
+        raise CannotBuild(f"{private} is not a folder of this user alone")
+    return private
 
 
 def _compiled(compiler: str, target: tuple[str, ...], cache: Path) -> Path:
     command = (compiler, *FLAGS, *target)
-    folder = cache / f"attention-{_fingerprint(command)}"
+    folder = cache / f"kernels-{_fingerprint(command)}"
     return build_once(folder, partial(_compile, command)) / LIBRARY
 
 
 def _compile(command: tuple[str, ...], folder: Path) -> None:
-    arguments = [*command, "-o", str(folder / LIBRARY), str(SOURCES / "attention.cpp")]
+    arguments = [*command, "-o", str(folder / LIBRARY), str(SOURCES / "library.cpp")]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines()

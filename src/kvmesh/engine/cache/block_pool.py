@@ -59,8 +59,10 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks asked, {len(self._free)} free")
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
-            self._forget(block)
             self._references[block] = 1
+        if self._hash_of:
+            for block in taken:
+                self._forget(block)
         return taken
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
@@ -92,7 +94,8 @@ class BlockPool:
             self._references[block] -= 1
             if not self._references[block]:
                 self._free[block] = None
-                self._free.move_to_end(block, last=block in self._hash_of)
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
 
     def shared(self, block: int) -> bool:
         """True if somebody else holds the block too: it must be copied before it is written."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kvmesh.engine.attention.flashinfer import CAPTURED_ROWS, FlashInferAttention
-from kvmesh.engine.attention.interface import Attention, Segment
+from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.cuda.staging import to_device
-from kvmesh.engine.forward import EagerForward, Forward
+from kvmesh.engine.forward import EagerForward
 from kvmesh.engine.models.llama import Decoder
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, CAPTURED_ROWS)
@@ -77,11 +77,3 @@ class GraphedForward:
     def _compute(self, bucket: int) -> Tensor:
         tokens, positions = self._inputs[:, :bucket]
         return self._model.forward(self._model.embed(tokens), positions, self._attention)
-
-
-def forward_of(model: Decoder, attention: Attention) -> Forward:
-    """Graphs where the attention allows, on CUDA; experts are chosen on the host, which no graph can do."""
-    on_cuda = torch.device(model.device).type == "cuda"
-    if on_cuda and isinstance(attention, FlashInferAttention) and model.config.experts is None:
-        return GraphedForward(model, attention, CudaRecorder())
-    return EagerForward(model, attention)

@@ -1,16 +1,17 @@
 """From the name of a precision to the products that hold it. Knows how good and fast they are, by measurement;
 measures nothing.
 
-| precision | layers                                                               | activations and KV |
-|-----------|----------------------------------------------------------------------|--------------------|
-| float32   | dense, in the dtype asked for                                        | that dtype         |
-| bf16      | prepacked bfloat16                                                   | bfloat16           |
-| int8      | smoothed W8A8, but for `down` and the head, which are bf16           | bfloat16           |
-| int4      | int4 up to 4 rows, bf16 for more                                     | bfloat16           |
-| auto      | int4 up to 4 rows if that loses nothing, bf16, int8 for over 64 rows | bfloat16           |
+| precision | layers                                                    | head     | activations and KV |
+|-----------|-----------------------------------------------------------|----------|--------------------|
+| float32   | dense, in the dtype asked for                             | dense    | that dtype         |
+| bf16      | prepacked bfloat16                                        | bfloat16 | bfloat16           |
+| int8      | W8A8                                                      | W8A8     | bfloat16           |
+| int4      | int4, of activations in 8 bits                            | W8A8     | bfloat16           |
+| auto      | int4 for few rows if that loses nothing, W8A8 for others  | W8A8     | bfloat16           |
 
-The head is bfloat16 in all but float32. Outliers in activations make plain W8A8 cost SmolLM2 3.7 % of perplexity;
-smoothed it costs 1.2 %, of which `down` alone, whose inputs are products, 0.9 % (12 windows of bench/quality.py).
+These are the native products. Where there are none, the libraries' serve, which scale a row as a whole: W8A8 is then
+smoothed, `down` (whose inputs are products) and the head stay bfloat16, int4 is for up to 4 rows, and `auto` takes W8A8
+for over 64 rows only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from kvmesh.engine.linear.by_rows import ByRows
 from kvmesh.engine.linear.dense import Dense
 from kvmesh.engine.linear.int4 import Int4, fits, on_grid
 from kvmesh.engine.linear.interface import Linear
+from kvmesh.engine.linear.native import NativeProduct, Products, products
+from kvmesh.engine.linear.native_packing import fits as fits_native
 from kvmesh.engine.linear.smooth import smooth_int8
 from kvmesh.errors import InvalidArgument
 
@@ -34,6 +37,10 @@ PRECISIONS = ("float32", "bf16", "int8", "int4", "auto")
 INT4_ROWS = 4
 """With more rows than this, reading bfloat16 weights costs less than unpacking int4 ones: 12 against 17 ms for 4 rows
 of SmolLM2's layers on one Zen 4 core, 26 against 19 ms for 8."""
+
+FEW_ROWS = 24
+"""With more rows than this, int8 products of the native library are faster than int4 ones: 3.3 against 4.7 ms for 1 row
+of SmolLM2's layers on one Zen 4 core, 12 against 12 ms for 16, 22 against 20 ms for 32."""
 
 INT8_ROWS = 64
 """With no more rows than this, quantising activations costs what int8 saves: at 32 sequences bf16 decodes 519 tokens/s
@@ -74,16 +81,40 @@ def resolve_precision(precision: str, dtype: str, device: str = "cpu") -> str:
     return precision
 
 
-def packing_of(precision: str, device: str = "cpu") -> Packing:
+def packing_of(precision: str, device: str = "cpu", native: Callable[[], Products | None] = products) -> Packing:
     """The products of a resolved precision."""
     if device != "cpu" or precision == "float32":
         return Packing(_dense, _dense, _dense, dense=True)
+    if library := native():
+        return _native_packing(precision, library)
+    if precision == "bf16":
+        return Packing(_bf16, _bf16, _bf16)
     if precision == "int8":
         return Packing(smooth_int8, _bf16, _bf16, ranged=True)
     if precision == "auto":
         return Packing(_exact_int4_or(_bf16_or_int8), _exact_int4_or(_bf16), _bf16, ranged=True)
-    pack = {"bf16": _bf16, "int4": _int4_and_bf16}[precision]
-    return Packing(pack, pack, _bf16)
+    return Packing(_int4_and_bf16, _int4_and_bf16, _bf16)
+
+
+def _native_packing(precision: str, library: Products) -> Packing:
+    def layer(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+        if not fits_native(weight):
+            return bf16(weight, bias)
+        if precision == "bf16":
+            return NativeProduct(library, bf16=weight, bias=bias)
+        grid = None if precision == "int8" else on_grid(weight)
+        if precision == "int4":
+            return NativeProduct(library, grid=grid, bias=bias)
+        return NativeProduct(library, int8=weight, grid=grid if grid and grid.exact else None, few=FEW_ROWS, bias=bias)
+
+    def head(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:
+        if not fits_native(weight):
+            return bf16(weight, bias)
+        if precision == "bf16":
+            return NativeProduct(library, bf16=weight, bias=bias, wide=True)
+        return NativeProduct(library, int8=weight, bias=bias, wide=True)
+
+    return Packing(layer, layer, head)
 
 
 def _dense(weight: Tensor, bias: Tensor | None, ranges: Tensor | None) -> Linear:

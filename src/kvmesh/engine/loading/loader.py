@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvmesh.engine.linear import Linear, packing_of
+from kvmesh.engine.linear import Linear, Packing, packing_of
 from kvmesh.engine.loading.feed_forward import load_feed_forward
 from kvmesh.engine.loading.latent import load_latent_attention, open_tensors
 from kvmesh.engine.loading.norms import load_norm, load_norms
@@ -35,8 +35,11 @@ def load(
     device: str = "cpu",
     layers: tuple[int, int] | None = None,
     precision: str = "float32",
+    packing: Packing | None = None,
 ) -> Decoder:
     """Loads layers [first, end) of a model, all by default; `precision` is a resolved one of `engine.linear`.
+
+    `packing` is by default what that precision is on this machine.
 
     Raises:
         InvalidArgument: an unsupported architecture or dtype, or tensors that do not fit `config.json`.
@@ -49,7 +52,7 @@ def load(
     if not 0 <= first < end <= config.layers:
         raise InvalidArgument(f"the layers [{first}, {end}) are not within the model's {config.layers}")
     tensors = open_tensors(folder.path, getattr(torch, dtype), device, config)
-    packing = packing_of(precision, device)
+    packing = packing or packing_of(precision, device)
     matrices = tensors if packing.dense else open_tensors(folder.path, torch.float32, device, config)
     fused = fused_for(tensors.dtype, device)
 

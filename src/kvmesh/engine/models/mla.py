@@ -1,9 +1,9 @@
 """Multi-head latent attention: DeepSeek-V2 (arXiv 2405.04434) and V3 (arXiv 2412.19437).
 
 The cache holds, per token, one normalised latent that all heads expand into keys and values, and one rotated part of
-the key that all heads share. Expansion is absorbed: queries move into the latent space instead of keys out of it, so
-that attention is that of many query heads to one KV head, whose values are the first `rank` dimensions of its keys.
-Knows no sequence and no block.
+the key that all heads share. Where a back end does not expand them itself, expansion is absorbed: queries move into the
+latent space instead of keys out of it, so that attention is that of many query heads to one KV head, whose values are
+the first `rank` dimensions of its keys. Knows no sequence and no block.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvmesh.engine.attention.interface import Attention
+from kvmesh.engine.attention.latent import LatentAttention, LatentHeads
 from kvmesh.engine.linear import Linear
 from kvmesh.engine.models.fused import rms_norm
 from kvmesh.engine.models.latent_config import Latent
@@ -56,12 +57,15 @@ class LatentDecoder(Decoder):
         query, entry = projected.tensor_split((projected.shape[-1] - latent.entry_dim,), dim=-1)
         q = self._queries(layer, query)
         rotated = rotate(torch.cat((q[..., latent.nope_dim :], entry[:, None, rank:]), dim=1), cos, sin)
-        q_latent = torch.einsum("thn,hnr->thr", q[..., : latent.nope_dim], layer.key_up)
-        q = torch.cat((q_latent, rotated[:, :-1]), dim=-1).mul_(self.config.query_scale)
+        q = torch.cat((q[..., : latent.nope_dim], rotated[:, :-1]), dim=-1)
         k = torch.cat((rms_norm(entry[:, :rank], layer.latent_norm, _LATENT_NORM_EPS), rotated[:, -1]), dim=-1)
         k = k.unsqueeze(1)
-        out = attention.run(index, q, k, k)[..., :rank]
-        return layer.output(torch.einsum("thr,hrv->thv", out, layer.value_up).flatten(1))
+        heads = LatentHeads(layer.key_up, layer.value_up, latent.scale, self.config.query_scale)
+        if isinstance(attention, LatentAttention):
+            out = attention.run_heads(index, q, k, heads)
+        else:
+            out = heads.emerge(attention.run(index, heads.absorb(q), k, k))
+        return layer.output(out.flatten(1))
 
     def _queries(self, layer: LatentLayerWeights, query: Tensor) -> Tensor:
         """`[tokens, heads, nope_dim + rope_dim]`."""

@@ -101,13 +101,19 @@ class Basis:
 
     def expand(self, coefficients: Floats) -> Floats:
         """`[tokens, heads * dim]` from the first coefficients; after the last that is not zero they cost nothing."""
-        used = int(np.max(np.flatnonzero(coefficients.any(axis=0)), initial=-1)) + 1
+        used = used_columns(coefficients)
         return coefficients[:, :used] @ self.components[:used]
 
     def pack(self) -> bytes:
         upper = self.roots[:, *np.triu_indices(self.roots.shape[1])]
         arrays = (np.array([len(codes) for codes in self.packed], "<u2"), self.means, upper, *self.packed)
         return b"".join(array.tobytes() for array in arrays)
+
+
+def used_columns(matrix: Array) -> int:
+    """Columns up to the last one that is not zero."""
+    used = np.flatnonzero(matrix.any(axis=0))
+    return int(used[-1]) + 1 if len(used) else 0
 
 
 def make(means: Array, roots: Array, components: Array, counts: Sequence[int]) -> Basis:

@@ -77,7 +77,7 @@ def open_codec(
     """The codec for KV of (layers, planes, kv_heads, head_dim) `shape`; if `warm`, ready without further delay.
 
     Not `warm`, only an adaptive one starts sooner: its members are made when they are first used.
-    `device`: the torch device that does the arithmetic of those with levels; None: the CPU, without torch.
+    `device`: the torch device that does the arithmetic of those with levels; None: numpy does, without torch.
 
     Raises:
         InvalidArgument: no such codec or level, or a profile made for KV of another shape.

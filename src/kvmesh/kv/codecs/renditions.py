@@ -20,6 +20,7 @@ import numpy as np
 
 from kvmesh.kv.codec import CorruptChunk, KvArray
 from kvmesh.kv.codecs import embedded
+from kvmesh.kv.codecs.basis import used_columns
 from kvmesh.kv.codecs.floats import Floats
 from kvmesh.kv.codecs.transform_profile import TransformProfile
 
@@ -60,7 +61,7 @@ class Renditions:
         return [self._encode(number, cells, renditions[number - 1]) for number, cells in enumerate(renditions)]
 
     def _encode(self, number: int, cells: KvArray, coarse: KvArray) -> bytes:
-        used = [_used(plane) for plane in np.split(cells, self.starts[1:], axis=1)]
+        used = [used_columns(plane) for plane in np.split(cells, self.starts[1:], axis=1)]
         fresh, known = self._columns(number, used)
         refined = b""
         if number:
@@ -110,12 +111,6 @@ class Renditions:
         if any(count > rank for count, rank in zip(used, ranks, strict=True)) or length > len(part) - head:
             raise CorruptChunk(f"{used} components where there are {ranks}, or {length} bytes that refine them")
         return used, part[head : head + length], part[head + length :]
-
-
-def _used(cells: KvArray) -> int:
-    """Columns up to the last one that is not zero."""
-    used = np.flatnonzero(cells.any(axis=0))
-    return int(used[-1]) + 1 if len(used) else 0
 
 
 def _ranges(spans: Sequence[tuple[int, int]]) -> KvArray:

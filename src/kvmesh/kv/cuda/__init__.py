@@ -1,8 +1,8 @@
 """The arithmetic of the codecs as torch operations, for workers whose engine computes on a device.
 
-`placement` moves a codec there. The only part of `kvmesh.kv` that imports torch: nothing else imports it but where a
-device is asked for. Runs on any torch device; on the CPU, where it is tested, it equals what it stands in for, to the
-rounding of sums.
+`placement` moves a codec there; where the device is a CPU, `halves` has it multiply in bfloat16, if it can. The only
+part of `kvmesh.kv` that imports torch: nothing else imports it but where a device is asked for. The rest runs on any
+torch device; on the CPU, where it is tested, it equals what it stands in for, to the rounding of sums.
 
 Entropy coding stays on the CPU, for a bitstream has four rANS states to a string, which share its words: symbols of a
 state follow each other. A chunk of 256 tokens of the default model is one string of 737,280 steps in cachegen, and

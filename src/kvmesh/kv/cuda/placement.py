@@ -15,6 +15,7 @@ from kvmesh.kv.codecs.cachegen import CacheGen
 from kvmesh.kv.codecs.transform import Transform
 from kvmesh.kv.cuda.cachegen import DeviceCacheGen
 from kvmesh.kv.cuda.device import Device
+from kvmesh.kv.cuda.halves import halved, supported
 from kvmesh.kv.cuda.transform import DeviceTransform
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,16 @@ class Placed:
 
 
 def place(codec: Codec, name: str) -> Codec:
-    """`codec` with its arithmetic on the torch device `name`; itself if it has none worth moving."""
+    """`codec` as the torch device `name` computes it best; itself if that is as it is."""
+    if name == "cpu":
+        return halved(codec) if isinstance(codec, Transform) and supported() else codec
+    return moved(codec, Device(name))
+
+
+def moved(codec: Codec, device: Device) -> Codec:
+    """`codec` with its arithmetic on `device`; itself if it has none worth moving."""
     if isinstance(codec, CacheGen):
-        return Placed(DeviceCacheGen(codec, Device(name)), codec)
+        return Placed(DeviceCacheGen(codec, device), codec)
     if isinstance(codec, Transform):
-        return Placed(DeviceTransform(codec, Device(name)), codec)
+        return Placed(DeviceTransform(codec, device), codec)
     return codec

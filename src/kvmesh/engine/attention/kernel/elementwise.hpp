@@ -95,32 +95,3 @@ void rotate(typename T::element* rows, const typename T::element* cos, const typ
 }
 
 }  // namespace kvmesh
-
-extern "C" {
-
-void kvmesh_add_norm(void* hidden, const void* delta, const void* weight, void* out, int64_t rows, int64_t width,
-                     float eps, int32_t bfloat16, int32_t bfloat16_weight) {
-    using namespace kvmesh;
-    const auto all = [&](auto norm) { for (int64_t row = 0; row < rows; ++row) norm.run(row); };
-    using B = uint16_t;
-    using F = float;
-    if (!bfloat16) all(Norm<Float32, Float32>{(F*)hidden, (F*)delta, (F*)weight, (F*)out, width, eps});
-    else if (bfloat16_weight) all(Norm<BFloat16, BFloat16>{(B*)hidden, (B*)delta, (B*)weight, (B*)out, width, eps});
-    else all(Norm<BFloat16, Float32>{(B*)hidden, (B*)delta, (F*)weight, (B*)out, width, eps});
-}
-
-void kvmesh_gate(const void* from, void* to, int64_t rows, int64_t width, int32_t bfloat16) {
-    using namespace kvmesh;
-    if (bfloat16) gate<BFloat16>((const uint16_t*)from, (uint16_t*)to, rows, width);
-    else gate<Float32>((const float*)from, (float*)to, rows, width);
-}
-
-void kvmesh_rotate(void* rows, const void* cos, const void* sin, int64_t count, int64_t stride, int32_t heads,
-                   int32_t dim, int32_t bfloat16) {
-    using namespace kvmesh;
-    using B = uint16_t;
-    using F = float;
-    if (bfloat16) rotate<BFloat16>((B*)rows, (const B*)cos, (const B*)sin, count, stride, heads, dim);
-    else rotate<Float32>((F*)rows, (const F*)cos, (const F*)sin, count, stride, heads, dim);
-}
-}

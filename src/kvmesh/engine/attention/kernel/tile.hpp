@@ -23,7 +23,7 @@ void dot(const word* q, const word* const* keys, const word* const* next, int wo
     for (int w = 0; w < words; ++w, q += R) {
         vint key[C];
         UNROLL for (int c = 0; c < C; ++c) key[c] = load<vint>(keys[c / PARTS] + w * BLOCK + c % PARTS * W);
-        UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(next[n] + w * BLOCK);
+        UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(next[n] + w * BLOCK, 0, 2);
         UNROLL for (int r = 0; r < R; ++r) {
             const vint query = every(q[r]);
             UNROLL for (int c = 0; c < C; ++c) sum[r][c] = T::add_product(sum[r][c], key[c], query);
@@ -54,7 +54,7 @@ void weigh(const word* weights, const word* const* values, const word* const* ne
         const int words = std::min(tokens, BLOCK) / T::P;
         const word* value = *values;
         for (int w = 0; w < words; ++w, value += padded) {
-            UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(*next + w * padded + n * W);
+            UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(*next + w * padded + n * W, 0, 2);
             add(value, weights + w, ~word{0});
         }
         // The second half of the last word of an odd run was never written.

@@ -4,16 +4,16 @@
 // attention is computed once for all and merged by log-sum-exp (Hydragen, arXiv 2402.05099). Knows no model, no Python
 // and no allocation of blocks.
 
+#pragma once
+
 #include "crew.hpp"
-#include "elementwise.hpp"
 #include "pool.hpp"
 
 namespace kvmesh {
-namespace {
 
 constexpr int TILE = 64;  // rows of a work item
 constexpr int MAX_HEAD_DIM = 256;
-constexpr double ALONE = 4e6;  // multiplications below which waking a thread does not pay
+constexpr double ALONE = 4e5;  // multiplications below which sharing them out does not pay
 constexpr float LOWEST = -1e30f;
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
@@ -35,13 +35,19 @@ struct Item {
 
 class Attention {
   public:
-    Attention(const Pool& pool, int threads) : pool_(pool), crew_(threads), scratch_(crew_.size()) {}
+    Attention(const Pool& pool, int threads) : pool_(pool), crew_(threads) {}
 
     template <class T> void run(const Batch& batch, int64_t layer, const Rows& rows) {
         put<T>(pool_, batch, layer, rows);
+        attend<T>(crew_, batch, layer, rows);
+    }
+
+    // As `run`, to keys and values that are there.
+    template <class T> void attend(Crew& crew, const Batch& batch, int64_t layer, const Rows& rows) {
+        scratch_.resize(crew.size());
         group_ = rows.heads / pool_.kv_heads;
-        const bool alone = divide(batch, rows.window);
-        crew_.run(static_cast<int>(items_.size()), alone, [&](int i, int thread) {
+        const bool alone = divide(batch, rows.window, crew.size());
+        crew.run(static_cast<int>(items_.size()), alone, [&](int i, int thread) {
             attend<T>(batch, Layer<T>{pool_, layer}, rows, items_[i], scratch_[thread]);
         });
         if (!parts_.empty()) merge<T>(batch, rows);
@@ -50,7 +56,7 @@ class Attention {
   private:
     // Lists the work; long lists of keys are split where threads would otherwise idle. True if one thread does it all.
     // A sliding window has moved past what is shared, or soon will: each segment then reads its own keys.
-    bool divide(const Batch& batch, int window) {
+    bool divide(const Batch& batch, int window, int threads) {
         items_.clear(), first_token_.clear(), work_ = 0, tokens_ = 0;
         for (int s = 0; s < batch.segments; tokens_ += batch.tokens[s++]) {
             first_token_.push_back(tokens_);
@@ -68,8 +74,8 @@ class Attention {
                 add({batch.members[first], p, 0, row, rows, batch.first[p], batch.end[p], true});
             }
         }
-        const bool alone = crew_.size() == 1 || work_ < ALONE;
-        if (!alone && static_cast<int>(items_.size()) < 4 * crew_.size()) split();
+        const bool alone = threads == 1 || work_ < ALONE;
+        if (!alone && static_cast<int>(items_.size()) < 4 * threads) split(threads);
         const bool whole = std::none_of(items_.begin(), items_.end(), [](const Item& item) { return item.partial; });
         parts_.resize(whole ? 0 : items_.size() * TILE * stride());
         return alone;
@@ -81,10 +87,10 @@ class Attention {
         for (; item.head < pool_.kv_heads; ++item.head) items_.push_back(item);
     }
 
-    void split() {
+    void split(int threads) {
         std::vector<Item> whole;
         whole.swap(items_);
-        const int wanted = (4 * crew_.size() + static_cast<int>(whole.size()) - 1) / static_cast<int>(whole.size());
+        const int wanted = (4 * threads + static_cast<int>(whole.size()) - 1) / static_cast<int>(whole.size());
         for (Item item : whole) {
             const int last = item.to, step = std::max(CHUNK, ((last - item.from) / wanted + CHUNK - 1) / CHUNK * CHUNK);
             const int first = item.from / BLOCK * BLOCK;
@@ -243,40 +249,4 @@ class Attention {
     int tokens_ = 0;
 };
 
-}  // namespace
 }  // namespace kvmesh
-
-using namespace kvmesh;
-
-extern "C" {
-
-const char* kvmesh_isa() {
-#if defined(__AVX512BF16__)
-    return "AVX512-BF16";
-#elif defined(__AVX512F__)
-    return "AVX-512";
-#elif defined(__AVX__)
-    return "AVX";
-#else
-    return "128-bit vectors";
-#endif
-}
-
-void* kvmesh_create(const Pool* pool, int32_t threads) { return new Attention(*pool, threads); }
-void kvmesh_destroy(void* attention) { delete static_cast<Attention*>(attention); }
-
-void kvmesh_run(void* attention, const Pool* pool, const Batch* batch, int64_t layer, const Rows* rows) {
-    auto* self = static_cast<Attention*>(attention);
-    pool->bfloat16 ? self->run<BFloat16>(*batch, layer, *rows) : self->run<Float32>(*batch, layer, *rows);
-}
-
-void kvmesh_put(const Pool* pool, const Batch* batch, int64_t layer, const Rows* rows) {
-    auto* move = pool->bfloat16 ? put<BFloat16> : put<Float32>;
-    move(*pool, *batch, layer, *rows);
-}
-
-void kvmesh_get(const Pool* pool, const Batch* batch, int64_t layer, void* keys, void* values) {
-    auto* move = pool->bfloat16 ? get<BFloat16> : get<Float32>;
-    move(*pool, *batch, layer, keys, values);
-}
-}
