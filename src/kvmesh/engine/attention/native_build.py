@@ -1,7 +1,7 @@
 """Compiles the native kernels with the system's compiler, once per source, flags and CPU, into the user's cache.
 
-Where that is read-only, as in a container, a folder among the temporary files serves. Knows no torch and nothing of what
-they compute. Processes that start together wait for one of them to compile.
+Where that is read-only, as in a container, a folder among the temporary files serves. Knows no torch and nothing of
+what they compute. Processes that start together wait for one of them to compile.
 """
 
 from __future__ import annotations
