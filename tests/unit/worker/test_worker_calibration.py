@@ -58,7 +58,7 @@ def test_a_profile_of_a_real_engine_codes_its_kv(folder, texts, tmp_path):
     read = profiles.read(tmp_path / "p.kvp")
     assert (read.hash, len(read.levels)) == (profile.hash, len(LEVELS))
     assert read.revision.hex() == folder.revision
-    data = Sensitivity(folder).kv(passages[5])
+    data, _ = Sensitivity(folder).compute(passages[5])
     errors, sizes = [], []
     for level in range(1, len(LEVELS) + 1):
         codec = CacheGen(read, level)
