@@ -111,7 +111,7 @@ class PowerPolicy:
 
 
 class Actuator(Protocol):
-    """Sets what a worker may do: NVML's clocks, or a simulator's."""
+    """Sets what a worker may do, as a simulator does; a router does it over the network (`kvmesh_router.power`)."""
 
     def cap(self, worker: str, cap: Cap) -> None:
         """Raises KvmeshError where it may not."""
