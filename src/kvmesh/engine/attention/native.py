@@ -24,7 +24,9 @@ from kvmesh.engine.attention.prefixes import Cost, shared_prefixes
 from kvmesh.types import BLOCK_TOKENS
 
 MAX_HEAD_DIM = 256
-SHARING = Cost()
+KEYS_AT_ONCE = 256
+"""The kernel sums over keys in chunks of so many: who shares whole ones gets what he would get alone, bit by bit."""
+SHARING = Cost(multiple=KEYS_AT_ONCE // BLOCK_TOKENS)
 _LANES = 16
 _INT32 = np.dtype(np.int32)
 

@@ -21,10 +21,14 @@ MERGE_BLOCKS = 6
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """When sharing pays: `group` query heads of each sequence read one KV head."""
+    """When sharing pays: `group` query heads of each sequence read one KV head.
+
+    Prefixes begin and end at multiples of `multiple` blocks.
+    """
 
     group: int = 1
     merge_blocks: int = MERGE_BLOCKS
+    multiple: int = 1
 
     def pays(self, members: int, blocks: int) -> bool:
         """True if what is not loaded again, eight queries at a time, is more than the merging costs."""
@@ -67,13 +71,14 @@ def _descend(
     """Prefixes among `rows`, equal before `column`, whose blocks before `first` are covered by an outer prefix."""
     for members in _groups(grid[rows, column], rows):
         same = (grid[members, column:] == grid[members[0], column:]).all(axis=0)
-        end = column + (int(same.argmin()) if not same.all() else len(same))
+        parted = column + (int(same.argmin()) if not same.all() else len(same))
+        end = parted // cost.multiple * cost.multiple
         start = first
         if cost.pays(len(members), end - first):
             yield SharedPrefix(members, first, end)
             start = end
-        if end < grid.shape[1]:
-            yield from _descend(grid, members, start, end, cost)
+        if parted < grid.shape[1]:
+            yield from _descend(grid, members, start, parted, cost)
 
 
 def _groups(keys: NDArray[np.int32], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -27,10 +27,14 @@ struct Scratch {
 };
 
 // Rows [row, row + rows) of one KV head of a segment, or of all members of a prefix, against keys [from, to). `partial`:
-// other items have more keys of these rows.
+// other items have more keys of these rows. `later`: some have keys before these, and the sums of each chunk are kept
+// apart, to be added in the order of the keys; at `part` in the floats of all parts.
 struct Item {
     int32_t segment, prefix, head, row, rows, from, to;
-    bool partial;
+    bool partial, later;
+    int64_t part;
+
+    int parts() const { return later ? (to - 1) / CHUNK - from / CHUNK + 1 : 1; }
 };
 
 class Attention {
@@ -64,20 +68,22 @@ class Attention {
             for (int row = 0; row < count; row += TILE) {
                 const int rows = std::min(TILE, count - row);
                 const int from = std::max(own, oldest(batch.starts[s] + row / group_, window));
-                add({s, -1, 0, row, rows, from, batch.starts[s] + (row + rows - 1) / group_ + 1, own > 0});
+                add({s, -1, 0, row, rows, from, batch.starts[s] + (row + rows - 1) / group_ + 1, own > 0, own > 0, 0});
             }
         }
         for (int p = 0; window <= 0 && p < batch.prefixes; ++p) {
             const int first = batch.first_member[p], count = (batch.first_member[p + 1] - first) * group_;
             for (int row = 0; row < count; row += TILE) {
                 const int rows = std::min(TILE, count - row);
-                add({batch.members[first], p, 0, row, rows, batch.first[p], batch.end[p], true});
+                add({batch.members[first], p, 0, row, rows, batch.first[p], batch.end[p], true, batch.first[p] > 0, 0});
             }
         }
         const bool alone = threads == 1 || work_ < ALONE;
         if (!alone && static_cast<int>(items_.size()) < 4 * threads) split(threads);
-        const bool whole = std::none_of(items_.begin(), items_.end(), [](const Item& item) { return item.partial; });
-        parts_.resize(whole ? 0 : items_.size() * TILE * stride());
+        int64_t size = 0;
+        for (Item& item : items_)
+            if (item.partial) item.part = size, size += int64_t{item.parts()} * item.rows * stride();
+        parts_.resize(size);
         return alone;
     }
 
@@ -93,9 +99,9 @@ class Attention {
         const int wanted = (4 * threads + static_cast<int>(whole.size()) - 1) / static_cast<int>(whole.size());
         for (Item item : whole) {
             const int last = item.to, step = std::max(CHUNK, ((last - item.from) / wanted + CHUNK - 1) / CHUNK * CHUNK);
-            const int first = item.from / BLOCK * BLOCK;
+            const int first = item.from / CHUNK * CHUNK;
             item.partial |= last - first > step;
-            for (int at = first; at < last; at += step) {
+            for (int at = first; at < last; at += step, item.later = true) {
                 item.from = std::max(at, item.from), item.to = std::min(at + step, last);
                 items_.push_back(item);
             }
@@ -114,31 +120,39 @@ class Attention {
     int padded() const { return (pool_.head_dim + 15) / 16 * 16; }
     // A row's sums in a part: the weighted values, the greatest score, the sum of weights.
     int stride() const { return padded() + 2; }
-    float* part(const Item& item) { return parts_.data() + (&item - items_.data()) * TILE * stride(); }
 
     template <class T>
     void attend(const Batch& batch, const Layer<T>& layer, const Rows& rows, const Item& item, Scratch& s) {
         pack<T>(batch, rows, layer, item, s);
-        std::fill_n(s.m, item.rows, LOWEST);
-        std::fill_n(s.l, item.rows, 0.0f);
-        std::fill_n(s.out, item.rows * layer.padded, 0.0f);
+        float* part = parts_.data() + item.part;
+        const auto keep = [&] {
+            for (int r = 0; r < item.rows; ++r, part += stride()) {
+                std::copy_n(s.out + r * layer.padded, layer.padded, part);
+                part[layer.padded] = s.m[r], part[layer.padded + 1] = s.l[r];
+            }
+        };
+        const int begin = item.from / BLOCK * BLOCK;
         const int32_t* table = batch.tables + batch.first_block[item.segment];
         const int start = item.prefix < 0 ? batch.starts[item.segment] : item.to;
-        for (int first = item.from / BLOCK * BLOCK; first < item.to; first += CHUNK) {
-            const int last = std::min(first + CHUNK, item.to);
+        for (int first = begin, last; first < item.to; first = last) {
+            last = std::min(first / CHUNK * CHUNK + CHUNK, item.to);
+            if (first == begin || item.later) {
+                std::fill_n(s.m, item.rows, LOWEST);
+                std::fill_n(s.l, item.rows, 0.0f);
+                std::fill_n(s.out, item.rows * layer.padded, 0.0f);
+            }
             for (int b = 0; b * BLOCK < last - first; ++b) {
                 s.keys[b] = layer.keys(table[first / BLOCK + b], item.head);
                 s.values[b] = layer.values(table[first / BLOCK + b], item.head);
             }
-            seek(batch, layer, item, first + CHUNK, s.next);
+            seek(batch, layer, item, last, s.next);
             for (int row = 0; row < item.rows; row += MAX_ROWS)
                 step<T>(layer, rows.window, start, item, row, first, last, s);
+            if (item.later) keep();
         }
-        for (int r = 0; r < item.rows; ++r) {
-            const float* out = s.out + r * layer.padded;
-            if (item.partial) keep(part(item) + r * stride(), out, s.m[r], s.l[r]);
-            else emit<T>(rows, index(batch, item, item.row + r, rows.heads), out, s.m[r], s.l[r]);
-        }
+        if (item.partial && !item.later) keep();
+        for (int r = 0; !item.partial && r < item.rows; ++r)
+            emit<T>(rows, index(batch, item, item.row + r, rows.heads), s.out + r * layer.padded, s.m[r], s.l[r]);
     }
 
     // The keys of the chunk at `first`, or of the first chunk of the next item if this one ends before.
@@ -167,14 +181,14 @@ class Attention {
         const auto dot = [&](auto kernel) { kernel(q, s.keys + b, s.values + b, layer.words, s.scores + b * BLOCK); };
         for (; b + many <= blocks; b += many) dot(kernels.dot_many[count]);
         for (; b < blocks; ++b) dot(kernels.dot_one[count]);
-        float correction[MAX_ROWS];
+        Rescale by[MAX_ROWS];
         const float scale = LOG2_E / std::sqrt(static_cast<float>(pool_.head_dim));
         for (int r = 0; r < count; ++r) {
             const int from = std::max(0, oldest(position(r), window) - first);
             const int to = std::min(keys, position(r) + 1 - first);
             word* weights = s.weights + r * (CHUNK / T::P);
             float *m = s.m + row + r, *l = s.l + row + r;
-            correction[r] = soften<T>(s.scores + r * CHUNK, weights, keys, from, to, scale, *m, *l);
+            by[r] = soften<T>(s.scores + r * CHUNK, weights, keys, from, to, scale, *m, *l);
         }
         const int wide = vectors_at_once(count) * W;
         float* out = s.out + row * layer.padded;
@@ -182,7 +196,7 @@ class Attention {
         const auto weigh = [&](auto kernel) {
             const word *values[CHUNK / BLOCK], *next[CHUNK / BLOCK];
             for (int i = 0; i < blocks; ++i) values[i] = s.values[i] + d, next[i] = s.next[i] + d;
-            kernel(s.weights, values, next, keys, layer.padded, correction, out + d);
+            kernel(s.weights, values, next, keys, layer.padded, by, out + d);
         };
         for (; d + wide <= layer.padded; d += wide) weigh(kernels.weigh_many[count]);
         for (; d < layer.padded; d += W) weigh(kernels.weigh_one[count]);
@@ -203,31 +217,29 @@ class Attention {
         }
     }
 
-    void keep(float* sums, const float* out, float m, float l) const {
-        std::copy_n(out, padded(), sums);
-        sums[padded()] = m, sums[padded() + 1] = l;
-    }
-
-    // Adds the sums of a row over more keys: softmax over a union of keys from those over its parts.
+    // Adds the sums of a row over later keys: softmax over a union of keys from those over its parts.
     void join(float* sums, const float* more) const {
-        float &m = sums[padded()], &l = sums[padded() + 1];
-        const float top = std::max(m, more[padded()]), a = std::exp2(m - top), b = std::exp2(more[padded()] - top);
-        for (int d = 0; d < padded(); ++d) sums[d] = sums[d] * a + more[d] * b;
-        m = top, l = l * a + more[padded() + 1] * b;
+        const Rescale by = rescale(sums[padded()], more[padded()]);
+        for (int d = 0; d < padded(); d += W)
+            store(sums + d, rescaled(load<vfloat>(sums + d), load<vfloat>(more + d), by));
+        sums[padded() + 1] = rescaled(sums[padded() + 1], more[padded() + 1], by);
     }
 
-    // Joins all parts of each row in the first of them, and emits it.
+    // Joins all parts of each row in the first of them, and emits it. Prefixes, outer ones first, have the earlier keys.
     template <class T> void merge(const Batch& batch, const Rows& rows) {
         sums_.assign(tokens_ * rows.heads, nullptr);
-        const auto each = [&](auto f) {
+        const auto each = [&](bool prefixes, auto f) {
             for (const Item& item : items_)
-                for (int r = 0; item.partial && r < item.rows; ++r)
-                    f(index(batch, item, item.row + r, rows.heads), part(item) + r * stride());
+                for (int i = 0; item.partial && prefixes == (item.prefix >= 0) && i < item.parts() * item.rows; ++i)
+                    f(index(batch, item, item.row + i % item.rows, rows.heads), &parts_[item.part + i * stride()]);
         };
-        each([&](int64_t row, float* sums) { sums_[row] ? join(sums_[row], sums) : void(sums_[row] = sums); });
-        each([&](int64_t row, float* sums) {
-            if (sums_[row] == sums) emit<T>(rows, row, sums, sums[padded()], sums[padded() + 1]);
-        });
+        const auto add = [&](int64_t row, float* sums) {
+            sums_[row] ? join(sums_[row], sums) : void(sums_[row] = sums);
+        };
+        each(true, add);
+        each(false, add);
+        for (int64_t row = 0; row < static_cast<int64_t>(sums_.size()); ++row)
+            if (float* sums = sums_[row]) emit<T>(rows, row, sums, sums[padded()], sums[padded() + 1]);
     }
 
     template <class T> void emit(const Rows& rows, int64_t row, const float* out, float m, float l) const {

@@ -3,7 +3,8 @@
 // Int4 holds GGUF's Q4_0 and Q4_1 exactly: for 16 outputs and 32 inputs a block of 256 bytes of codes, then 16 steps
 // and 16 minima in half precision; [outputs / 16, inputs / 32] blocks. Int8 is [outputs / 16, inputs / 4] vectors of 16
 // outputs by 4 inputs, each code + 128, with a scale per output; Bf16 [outputs / 16, inputs / 2] vectors of 16 by 2.
-// Few rows wait for memory: the weights of the next tile are asked for while those of this one are used.
+// Few rows wait for memory: the weights of the next tile are asked for while those of this one are used. A row's result
+// does not depend, not in one bit, on how many rows there are, unless that chooses the packing.
 
 #pragma once
 
@@ -35,6 +36,7 @@ INLINE vfloat floats(__m512i x) { return (vfloat)_mm512_cvtepi32_ps(x); }
 struct Int4 {
     static constexpr int GROUP = 32, BYTES = 320;  // of a block
 
+    static vfloat scale(const Matrix&, int) { return every(1.0f); }
     static const uint8_t* weights(const Matrix& m, int64_t vector) {
         return m.int4 + vector * (m.inputs / GROUP) * BYTES;
     }
@@ -68,8 +70,8 @@ struct Int4 {
                 const vfloat step = halves(at), least = halves(at + 32);
                 UNROLL for (int r = 0; r < R; ++r) {
                     const int i = r * groups + g;
-                    out[r][n] += floats(sum[r][n]) * (step * scales[i]);
-                    out[r][n] += least * sums[i];
+                    out[r][n] = fused(floats(sum[r][n]), step * every(scales[i]), out[r][n]);
+                    out[r][n] = fused(least, every(sums[i]), out[r][n]);
                 }
             }
         }
@@ -79,6 +81,7 @@ struct Int4 {
 struct Int8 {
     static constexpr int GROUP = 64;
 
+    static vfloat scale(const Matrix& m, int column) { return load<vfloat>(m.scales + column); }
     static const uint8_t* weights(const Matrix& m, int64_t vector) { return m.int8 + vector * m.inputs * W; }
 
     template <int R, int N>
@@ -104,16 +107,14 @@ struct Int8 {
                 }
             }
             UNROLL for (int r = 0; r < R; ++r)
-                UNROLL for (int n = 0; n < N; ++n) out[r][n] += floats(sum[r][n]) * scales[r * groups + g];
-        }
-        UNROLL for (int n = 0; n < N; ++n) {
-            const vfloat scale = load<vfloat>(m.scales + (vector + n) * W);
-            UNROLL for (int r = 0; r < R; ++r) out[r][n] *= scale;
+                UNROLL for (int n = 0; n < N; ++n)
+                    out[r][n] = fused(floats(sum[r][n]), every(scales[r * groups + g]), out[r][n]);
         }
     }
 };
 
 struct Bf16 {
+    static vfloat scale(const Matrix&, int) { return every(1.0f); }
     static const uint8_t* weights(const Matrix& m, int64_t vector) { return m.bf16 + vector * m.inputs * 2 * W; }
 
     template <int R, int N>
@@ -150,8 +151,9 @@ void multiply_tile(const Matrix& m, const Codes& x, int row, int vector, int64_t
         UNROLL for (int n = 0; n < N; ++n) {
             const int column = (vector + n) * W;
             float* to = target.rows + int64_t{row + r} * m.outputs + column;
-            if (m.bias) sum[r][n] += load<vfloat>(m.bias + column);
-            store(to, target.add ? load<vfloat>(to) + sum[r][n] : sum[r][n]);
+            vfloat more = target.add ? load<vfloat>(to) : vfloat{};
+            if (m.bias) more += load<vfloat>(m.bias + column);
+            store(to, fused(sum[r][n], P::scale(m, column), more));
         }
 }
 

@@ -1,5 +1,9 @@
 // The inner loops: a few rows of queries, held in registers, against blocks of keys and values. A row is one query of
 // one head. Online softmax in base 2 (arXiv 2205.14135).
+//
+// Keys are taken in chunks whose ends are multiples of CHUNK; a chunk's sums begin at zero and are added to those of the
+// chunks before. So a row's result does not depend, not in one bit, on the rows beside it nor on who computes which
+// chunk.
 
 #pragma once
 
@@ -33,15 +37,29 @@ void dot(const word* q, const word* const* keys, const word* const* next, int wo
         UNROLL for (int c = 0; c < C; ++c) store(scores + r * CHUNK + c * W, sum[r][c]);
 }
 
-// out[r] = out[r] * correction[r] + the values weighted by weights[r], for R rows and N vectors of dimensions. Asks for
+// What sums over some keys, and those over more of them, are multiplied by before they are added.
+struct Rescale { float before, more; };
+
+// For sums relative to 2^m and 2^top; m becomes the greater of both.
+INLINE Rescale rescale(float& m, float top) {
+    const float next = std::max(m, top);
+    const vfloat factors = power_of_2(vfloat{m - next, top - next});
+    m = next;
+    return {factors[0], factors[1]};
+}
+
+INLINE vfloat rescaled(vfloat before, vfloat more, Rescale by) {
+    return fused(more, every(by.more), before * every(by.before));
+}
+INLINE float rescaled(float before, float more, Rescale by) { return rescaled(every(before), every(more), by)[0]; }
+
+// Adds the values weighted by weights[r] to out[r], rescaled by by[r], for R rows and N vectors of dimensions. Asks for
 // the blocks `next`, line by line.
 template <class T, int R, int N>
 void weigh(const word* weights, const word* const* values, const word* const* next, int tokens, int padded,
-           const float* correction, float* out) {
+           const Rescale* by, float* out) {
     constexpr int STRIDE = CHUNK / T::P;
-    vfloat sum[R][N];
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int n = 0; n < N; ++n) sum[r][n] = load<vfloat>(out + r * padded + n * W) * correction[r];
+    vfloat sum[R][N] = {};
     const auto add = [&](const word* value, const word* weight, word mask) __attribute__((always_inline)) {
         vint v[N];
         UNROLL for (int n = 0; n < N; ++n) v[n] = load<vint>(value + n * W) & every(mask);
@@ -61,17 +79,20 @@ void weigh(const word* weights, const word* const* values, const word* const* ne
         if (T::P == 2 && tokens < BLOCK && tokens % 2) add(value, weights + words, 0xffff);
     }
     UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int n = 0; n < N; ++n) store(out + r * padded + n * W, sum[r][n]);
+        UNROLL for (int n = 0; n < N; ++n) {
+            float* to = out + r * padded + n * W;
+            store(to, rescaled(load<vfloat>(to), sum[r][n], by[r]));
+        }
 }
 
-// Scores of one row to weights 2^(score * scale - m); keys outside [first, last) weigh nothing. Returns what multiplies
-// sums so far.
+// Scores of one row to weights 2^(score * scale - the greatest); keys outside [first, last) weigh nothing. Returns how
+// the weighted values are added to sums so far.
 template <class T>
-float soften(float* scores, word* weights, int keys, int first, int last, float scale, float& m, float& l) {
+Rescale soften(float* scores, word* weights, int keys, int first, int last, float scale, float& m, float& l) {
     auto* out = reinterpret_cast<typename T::element*>(weights);
     if (first >= last) {
         std::memset(out, 0, (keys + 1) * sizeof *out);
-        return 1.0f;
+        return {1.0f, 0.0f};
     }
     vint lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
@@ -85,24 +106,23 @@ float soften(float* scores, word* weights, int keys, int first, int last, float 
         }
         best = x > best ? x : best;
     }
-    const float before = m;
-    m = std::max(m, greatest(best) * scale);
-    const float correction = power_of_2(every(before - m))[0];
+    const float top = greatest(best) * scale;
+    const Rescale by = rescale(m, top);
     vfloat sum = {};
     for (int i = 0; i < from; i += W) T::put(out + i, vfloat{});
     for (int i = from; i < last; i += W) {
-        const vfloat weight = power_of_2(load<vfloat>(scores + i) * scale - m);
+        const vfloat weight = power_of_2(fused(load<vfloat>(scores + i), every(scale), every(-top)));
         sum += weight;
         T::put(out + i, weight);
     }
     for (int i = (last + W - 1) / W * W; i < keys; i += W) T::put(out + i, vfloat{});
-    l = l * correction + total(sum);
-    return correction;
+    l = rescaled(l, total(sum), by);
+    return by;
 }
 
 template <class T> struct Kernels {
     using Dot = void (*)(const word*, const word* const*, const word* const*, int, float*);
-    using Weigh = void (*)(const word*, const word* const*, const word* const*, int, int, const float*, float*);
+    using Weigh = void (*)(const word*, const word* const*, const word* const*, int, int, const Rescale*, float*);
     Dot dot_many[MAX_ROWS + 1], dot_one[MAX_ROWS + 1];
     Weigh weigh_many[MAX_ROWS + 1], weigh_one[MAX_ROWS + 1];
 

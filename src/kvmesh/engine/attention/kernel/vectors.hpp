@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define KVMESH_WIDTH 16
 #elif defined(__AVX__)
 #define KVMESH_WIDTH 8
@@ -35,11 +37,26 @@ INLINE vfloat every(float x) { return x - vfloat{}; }
 INLINE word bits(float x) { word w; std::memcpy(&w, &x, 4); return w; }
 INLINE uint16_t to_bfloat16(float x) { const word w = bits(x); return (w + 0x7fff + (w >> 16 & 1)) >> 16; }
 
+// a * b + c with one rounding where the target can, whatever code stands around it: the compiler, which may contract
+// a product and a sum or not, would do so here and not there.
+INLINE vfloat fused(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 // An element type T: P of its elements make a word; add_product adds the products of the elements of two words.
 struct Float32 {
     using element = float;
     static constexpr int P = 1;
-    static INLINE vfloat add_product(vfloat sum, vint a, vint b) { return sum + (vfloat)a * (vfloat)b; }
+    static INLINE vfloat add_product(vfloat sum, vint a, vint b) { return fused((vfloat)a, (vfloat)b, sum); }
     static INLINE void put(float* to, vfloat x) { store(to, x); }
     static INLINE float round(float x) { return x; }
 };
@@ -55,7 +72,7 @@ struct BFloat16 {
 #else
     static INLINE vfloat add_product(vfloat sum, vint a, vint b) {
         const vint high = every(word{0xffff0000});
-        return sum + (vfloat)(a << 16) * (vfloat)(b << 16) + (vfloat)(a & high) * (vfloat)(b & high);
+        return fused((vfloat)(a & high), (vfloat)(b & high), fused((vfloat)(a << 16), (vfloat)(b << 16), sum));
     }
     static INLINE void put(uint16_t* to, vfloat x) {
         for (int i = 0; i < W; ++i) to[i] = to_bfloat16(x[i]);
@@ -69,7 +86,7 @@ INLINE vfloat power_of_2(vfloat x) {
     const vfloat shift = every(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const vfloat rounded = x + shift, f = x - (rounded - shift);
     vfloat y = every(0.000154035304f);
-    for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) y = y * f + c;
+    for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) y = fused(y, f, every(c));
     return x < -126.0f ? vfloat{} : (vfloat)((vint)y + ((vint)rounded << 23));
 }
 
