@@ -57,7 +57,7 @@ class Model:
     """A loaded model with the attention of this machine, and KV for `sequences` sequences of `WINDOW` tokens."""
 
     def __init__(self, folder: ModelFolder, precision: str, sequences: int) -> None:
-        dtype = resolve_dtype("auto", "cpu", precision)
+        dtype = resolve_dtype("auto", precision)
         self.decoder: Decoder = load(folder, dtype, precision=resolve_precision(precision, dtype))
         self._per_sequence = WINDOW // BLOCK_TOKENS
         layout = kv_layout(self.decoder)

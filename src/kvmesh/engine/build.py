@@ -39,14 +39,14 @@ def build_engine(
     threads: int = 1,
     max_model_len: int | None = None,
     device: str = "auto",
-    precision: str = "float32",
+    precision: str | None = None,
     swap_bytes: int | None = None,
 ) -> EngineCore:
     """Loads the model and gives it `blocks` blocks of KV, or as many as `memory_bytes` holds (1 GiB by default).
 
     `swap_bytes`: host memory for the KV of preempted sequences; a quarter of the pool's by default.
 
-    `precision` is that of the weights: `engine.linear.precision` lists them.
+    `precision` is that of the weights: `engine.linear.precision` lists them. By default that of the dtype.
 
     `threads` is torch's number of threads for the whole process: one per process is best on shared cores.
 
@@ -75,11 +75,11 @@ def build_runner(
     memory_bytes: int | None = None,
     max_model_len: int | None = None,
     device: str = "auto",
-    precision: str = "float32",
+    precision: str | None = None,
 ) -> TorchRunner:
     """The runner of `build_engine`, for those who schedule themselves."""
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device, precision)
+    dtype = resolve_dtype(dtype, precision)
     model = load(folder, dtype, device, precision=resolve_precision(precision, dtype, device))
     if blocks is None:
         blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
@@ -105,11 +105,11 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_dtype(dtype: str, device: str = "cpu", precision: str = "float32") -> str:
-    """`auto` is float32 on a CPU with float32 weights, where results are exact, and bfloat16 elsewhere."""
+def resolve_dtype(dtype: str, precision: str | None = None) -> str:
+    """`auto` is float32 with float32 weights, and bfloat16 otherwise, on any device: unlike ones can share KV."""
     if dtype != "auto":
         return dtype
-    return "float32" if device == "cpu" and precision == "float32" else "bfloat16"
+    return "float32" if precision == "float32" else "bfloat16"
 
 
 def kv_layout_of(folder: ModelFolder, dtype: str) -> KvLayout:

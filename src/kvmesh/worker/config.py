@@ -18,9 +18,9 @@ class WorkerConfig(ProcessConfig):
     model: str = Field("smollm2-135m-instruct", min_length=1)
     """A name, a folder, a GGUF file, or "fake"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations and KV; auto is float32 on a CPU if `precision` is, bfloat16 otherwise."""
-    precision: Literal["auto", "float32", "bf16", "int8", "int4"] = "float32"
-    """Of the weights on a CPU: `kvmesh.engine.linear`."""
+    """Of activations and KV; auto is float32 if `precision` is, bfloat16 otherwise."""
+    precision: Literal["auto", "float32", "bf16", "int8", "int4"] | None = None
+    """Of the weights on a CPU: `kvmesh.engine.linear`. By default that of `dtype`, so bf16."""
     codec: Annotated[str, AfterValidator(check_setting)] = "auto"
     """Of the chunks in the store: raw, int8, fp8, cachegen or cachegen:LEVEL; adaptive is raw or lossy as suits the
     links, auto is adaptive where the model has a profile, else raw. All workers of a mesh need the same."""

@@ -53,7 +53,7 @@ def _real(config: WorkerConfig) -> tuple[Model, Engine]:
 
     folder = resolve(config.model)
     device = resolve_device("auto")
-    dtype = resolve_dtype(config.dtype, device, config.precision)
+    dtype = resolve_dtype(config.dtype, config.precision)
     precision = resolve_precision(config.precision, dtype, device)
     profile = find_profile(config.codec_profile, folder.path, folder.name)
     # On loopback nothing is remote, so nothing becomes lossy: no need to wait for what only that needs.

@@ -168,7 +168,7 @@ def test_without_native_products_every_one_of_a_model_is_watched(folder):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_precision_decides_the_dtype(precision):
-    dtype = resolve_dtype("auto", "cpu", precision)
+    dtype = resolve_dtype("auto", precision)
     assert dtype == ("float32" if precision == "float32" else "bfloat16")
     assert resolve_precision(precision, dtype) == precision
 
@@ -208,7 +208,7 @@ def test_float32_is_untouched(folder):
 
 
 def test_kv_of_different_precisions_is_not_shared(folder):
-    dtypes = {precision: resolve_dtype("auto", "cpu", precision) for precision in PRECISIONS}
+    dtypes = {precision: resolve_dtype("auto", precision) for precision in PRECISIONS}
     prints = {fingerprint(folder.layout(dtype, precision)) for precision, dtype in dtypes.items()}
     assert len(prints) == len(PRECISIONS)
 

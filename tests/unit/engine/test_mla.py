@@ -149,7 +149,7 @@ def test_a_bitstream_says_how_many_planes_it_has():
 
 def test_an_engine_refuses_kv_of_the_other_kind(tmp_path):
     _, folder = saved("v2-dense", tmp_path)
-    engine = EngineCore(build_runner(folder, blocks=8, device="cpu"))
+    engine = EngineCore(build_runner(folder, "float32", blocks=8, device="cpu"))
     engine.add(EngineRequest("d", (1, 2, 3), SamplingParams(max_tokens=1), load_kv=True))
     engine.step()
     with pytest.raises(InvalidArgument, match=r"is not float32\[3, 1, 3, 1, 32\]"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvmesh.engine.api import KvLayout
 from kvmesh.engine.batch import Batch, Draw, Row
 from kvmesh.engine.build import blocks_within, build_runner, free_memory, kv_layout_of, resolve_dtype
+from kvmesh.engine.linear import resolve_precision
 from kvmesh.engine.runner import TorchRunner
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import BLOCK_TOKENS, SamplingParams
@@ -27,7 +28,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(tiny) -> TorchRunner:
-    return build_runner(tiny[1], blocks=BLOCKS, device="cpu")
+    return build_runner(tiny[1], "float32", blocks=BLOCKS, device="cpu")
 
 
 def greedy_draw(output=()) -> tuple[Draw, ...]:
@@ -93,7 +94,7 @@ def test_kv_moves_between_runners(tiny, runner):
     oracle, folder = tiny
     prompt = random_prompt(37, 2)
     runner.run(Batch((Row(prompt, 0, [3, 1, 2]),)))
-    other = build_runner(folder, blocks=8, device="cpu")
+    other = build_runner(folder, "float32", blocks=8, device="cpu")
     other.write_kv([7, 0, 5], 0, runner.read_kv([3, 1, 2], 0, 20))
     other.write_kv([7, 0, 5], 20, runner.read_kv([3, 1, 2], 20, 16))
     [[sampled]] = other.run(Batch((Row(prompt[36:], 36, [7, 0, 5], greedy_draw()),)))
@@ -153,7 +154,11 @@ def test_the_context_can_be_shortened_but_not_stretched(tiny):
     assert build_runner(tiny[1], blocks=4, max_model_len=9999, device="cpu").max_model_len == 256
 
 
-def test_auto_is_exact_on_a_cpu():
-    assert resolve_dtype("auto", "cpu") == "float32"
-    assert resolve_dtype("auto", "cuda") == "bfloat16"
-    assert resolve_dtype("float16", "cpu") == "float16"
+def test_by_default_all_devices_have_equal_kv():
+    assert (resolve_dtype("auto"), resolve_dtype("auto", "float32"), resolve_dtype("float16")) == (
+        "bfloat16",
+        "float32",
+        "float16",
+    )
+    for dtype, precision in (("bfloat16", "bf16"), ("float32", "float32"), ("float16", "float32")):
+        assert resolve_precision(None, dtype, "cpu") == resolve_precision(None, dtype, "cuda") == precision

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(tiny) -> TorchRunner:
-    return build_runner(tiny[1], blocks=14, device="cpu")
+    return build_runner(tiny[1], "float32", blocks=14, device="cpu")
 
 
 def generate(engine: EngineCore, prompts: list[tuple[int, ...]], count: int = NEW_TOKENS) -> dict[str, list[int]]:
@@ -83,6 +83,6 @@ def test_preemption_and_reuse_do_happen_here(tiny, runner):
 
 
 def test_build_engine_yields_a_working_engine(tiny):
-    engine = build_engine(tiny[1], blocks=8, token_budget=64, max_running=4, threads=1, device="cpu")
+    engine = build_engine(tiny[1], dtype="float32", blocks=8, token_budget=64, max_running=4, threads=1, device="cpu")
     prompt = (5, 6, 7)
     assert follows(tiny[0], prompt, generate(engine, [prompt])["0"])

@@ -207,7 +207,7 @@ PROMPT = [5, 17, 40, 2, 61, 33, 9, 9, 70, 12]
 def next_token_logprobs(folder: hub.ModelFolder) -> dict[int, float]:
     """The 20 most probable tokens after PROMPT."""
     draw = Draw(SamplingParams(max_tokens=1, logprobs=20, temperature=0.0), 0, 0, (), ())
-    [[sampled]] = build_runner(folder, blocks=2, device="cpu").run(Batch((Row(PROMPT, 0, [1], (draw,)),)))
+    [[sampled]] = build_runner(folder, "float32", blocks=2, device="cpu").run(Batch((Row(PROMPT, 0, [1], (draw,)),)))
     return {top.token_id: top.logprob for top in sampled.logprobs.top}
 
 

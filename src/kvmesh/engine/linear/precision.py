@@ -64,18 +64,19 @@ class Packing:
     ranged: bool = False
 
 
-def resolve_precision(precision: str, dtype: str, device: str = "cpu") -> str:
-    """What is computed: on a CPU what is asked for; elsewhere weights have the dtype of everything else.
+def resolve_precision(precision: str | None, dtype: str, device: str = "cpu") -> str:
+    """What is computed: on a CPU what is asked for; elsewhere, and if nothing is, weights have the dtype of everything
+    else, so that workers on unlike devices have equal KV.
 
     Raises:
         InvalidArgument: no such precision, or one that this dtype or device does not have.
     """
-    if precision not in PRECISIONS:
+    if precision not in (*PRECISIONS, None):
         raise InvalidArgument(f"the precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if device != "cpu":
-        if precision in ("int8", "int4"):
-            raise InvalidArgument(f"the precision {precision!r} needs a CPU, the device is {device}")
-        return "float32" if dtype == "float32" else "bf16"
+    if device != "cpu" and precision in ("int8", "int4"):
+        raise InvalidArgument(f"the precision {precision!r} needs a CPU, the device is {device}")
+    if device != "cpu" or precision is None:
+        return "bf16" if dtype == "bfloat16" else "float32"
     if precision != "float32" and dtype != "bfloat16":
         raise InvalidArgument(f"the precision {precision!r} needs the dtype bfloat16, not {dtype}")
     return precision
