@@ -17,10 +17,12 @@ from kvmesh.engine.attention.native import SHARING, NativeAttention, PackedPool
 from kvmesh.engine.attention.native import Tables as NativeTables
 from kvmesh.engine.attention.native_build import TARGETS, CannotBuild, load_library
 from kvmesh.engine.core import EngineCore
+from kvmesh.engine.linear import packing_of
 from kvmesh.engine.linear.native import products
 from kvmesh.engine.loading import load
 from kvmesh.engine.runner import TorchRunner, kv_layout
 from kvmesh.types import BLOCK_TOKENS, SamplingParams
+from tests.unit.engine.native_kernel import AVX2, avx2_products
 from tests.unit.engine.tiny import VOCABULARY, tiny_model
 
 SHAPE = {
@@ -48,7 +50,7 @@ class Tables:
         return Segment(start, tokens, self.trunk[:shared] + [self.free.pop() for _ in range(own)])
 
 
-@pytest.mark.parametrize("targets", [None, [()]], ids=["this CPU", "any CPU"])
+@pytest.mark.parametrize("targets", [TARGETS, [AVX2], [()]], ids=["this CPU", "AVX2", "any CPU"])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "bfloat16"]), count=st.integers(1, 24),
@@ -58,7 +60,7 @@ def test_attention(targets, seed, dtype, count, window, threads):
     """Decodes that share prefixes, chunks and prompts, by any number of threads: each as if it were alone."""
     layout, tables = KvLayout(1, KV_HEADS, HEAD_DIM, dtype), Tables(seed)
     try:
-        pool = PackedPool(layout, BLOCKS, checked_kernel(layout, lambda: load_library(targets=targets or TARGETS)))
+        pool = PackedPool(layout, BLOCKS, checked_kernel(layout, lambda: load_library(targets=targets)))
     except CannotBuild as error:
         pytest.skip(f"no native kernel here: {error}")
     torch.manual_seed(seed)
@@ -86,20 +88,27 @@ def test_prefixes_are_shared_there():
 
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory):
-    if products() is None:
-        pytest.skip("no native products here")
+    """By family and precision, each with the library that computes it."""
     folders = {name: tiny_model(name, tmp_path_factory.mktemp(name), **SHAPE | more) for name, more in FAMILIES.items()}
-    return {
-        (name, precision): load(folder, "bfloat16", precision=precision)
-        for name, (_, folder) in folders.items()
-        for precision in ("bf16", "int8", "int4")
-    }
+    native, avx2 = products(), avx2_products()
+    if native is None or not native.integers:
+        pytest.skip("no native products here")
+
+    def decoder(folder, precision, library):
+        packing = packing_of(precision, native=lambda: library)
+        return load(folder, "bfloat16", precision=precision, packing=packing), library.library
+
+    found = {(name, "AVX2"): decoder(folder, "bf16", avx2) for name, (_, folder) in folders.items()}
+    for precision in ("bf16", "int8", "int4"):
+        found |= {(name, precision): decoder(folder, precision, native) for name, (_, folder) in folders.items()}
+    return found
 
 
-def generate(decoder, requests, *, threads=1, blocks=400, **settings):
+def generate(decoder_and_library, requests, *, threads=1, blocks=400, **settings):
     """By request and sample: token ids with the log-probabilities of each."""
+    decoder, library = decoder_and_library
     layout = kv_layout(decoder)
-    runner = TorchRunner(decoder, blocks, None, native_back_end(checked_kernel(layout), threads))
+    runner = TorchRunner(decoder, blocks, None, native_back_end(checked_kernel(layout, lambda: library), threads))
     engine = EngineCore(runner, **settings)
     for request in requests:
         engine.add(request)
@@ -120,9 +129,9 @@ def request(name, prompt, samples=1, temperature=0.0):
     return EngineRequest(name, tuple(prompt), sampling, tuple(map(Sample, range(samples))))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
-    family=st.sampled_from(list(FAMILIES)), precision=st.sampled_from(["bf16", "int8", "int4"]),
+    family=st.sampled_from(list(FAMILIES)), precision=st.sampled_from(["bf16", "int8", "int4", "AVX2"]),
     seed=st.integers(0, 2**32), threads=st.sampled_from([1, 3]), token_budget=st.sampled_from([24, 100, 512]),
     blocks=st.sampled_from([60, 100, 400]), swap_bytes=st.sampled_from([0, 1 << 20]),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from kvmesh.engine.linear.int4 import GROUP, Grid, on_grid
 from kvmesh.engine.linear.native import NativeProduct, Products, products
 from kvmesh.engine.linear.native_packing import fits, pack_bf16, pack_int4, pack_int8
 from kvmesh.engine.linear.smooth import Smoothed
+from tests.unit.engine.native_kernel import avx2_products
 from tests.unit.engine.test_linear import q4_1, random, relative_error
 
 INPUTS = 192
@@ -24,6 +25,12 @@ def library():
     if native is None:
         pytest.skip("no native products here")
     return native
+
+
+@pytest.fixture(scope="module")
+def avx2():
+    """As on a CPU that has nothing newer: bfloat16 alone."""
+    return avx2_products()
 
 
 def product(library, weight, bits, **more) -> NativeProduct:
@@ -43,6 +50,22 @@ def test_against_float32(library, rows, vectors, bits, biased, scale):
     found = product(library, weight, bits, bias=bias)
     assert found(x).dtype == x.dtype
     assert relative_error(found, weight, x, bias) < (0.01 if bits == 16 else 0.035)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 150), vectors=st.integers(1, 14), biased=st.booleans())
+def test_bfloat16_where_there_is_no_avx512(avx2, rows, vectors, biased):
+    weight, bias = random(16 * vectors, INPUTS), random(16 * vectors, seed=3) if biased else None
+    x, found = random(rows, INPUTS, seed=rows).bfloat16(), product(avx2, weight, 16, bias=bias)
+    assert relative_error(found, weight, x, bias) < 0.01
+    assert torch.equal(found(x), torch.cat([found(row[None]) for row in x]))
+
+
+def test_a_precision_without_its_products_is_the_libraries(avx2):
+    layers = {name: packing_of(name, native=lambda: avx2).layer for name in ("bf16", "int8")}
+    ranges = torch.ones(64)
+    kinds = {name: type(pack(random(32, 64), None, ranges)) for name, pack in layers.items()}
+    assert kinds == {"bf16": NativeProduct, "int8": Smoothed}
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

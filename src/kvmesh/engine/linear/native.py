@@ -3,7 +3,8 @@ both in bfloat16.
 
 A kernel of ours because the libraries scale a row of activations as a whole, where one outlier takes the digits of
 all others: with a scale per group W8A8 is as good as bfloat16 (bench/quality.py) and wants no smoothing. And because
-all layers can then be one call (`native_forward`). Needs AVX512-VNNI; kernel/product.hpp has the layouts.
+all layers can then be one call (`native_forward`). bfloat16 needs AVX2 and FMA, the others AVX512-VNNI;
+kernel/product.hpp has the layouts.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ class Matrix(ctypes.Structure):
 
 
 class Products:
-    """The library's products, and `threads` threads that share each of them, asleep when there is none."""
+    """The library's products, and `threads` threads that share each of them, asleep when there is none.
+
+    `integers`: it has those of 4 and 8 bits.
+    """
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
         self.library = library
+        self.integers = bool(library.kvmesh_integer_products())
         self.multiply = library.kvmesh_multiply
         self.multiply.argtypes, self.multiply.restype = (pointer, pointer, pointer, integer, pointer), None
         library.kvmesh_crew_create.argtypes, library.kvmesh_crew_create.restype = (integer,), pointer
@@ -60,7 +65,7 @@ def products(library: Callable[[], ctypes.CDLL] = load_library) -> Products | No
     try:
         loaded = library()
     except CannotBuild as error:
-        log.warning("quantised products: not native: %s", error)
+        log.warning("products: not native: %s", error)
         return None
     return Products(loaded, torch.get_num_threads()) if hasattr(loaded, "kvmesh_multiply") else None
 

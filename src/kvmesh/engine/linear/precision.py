@@ -86,7 +86,7 @@ def packing_of(precision: str, device: str = "cpu", native: Callable[[], Product
     """The products of a resolved precision."""
     if device != "cpu" or precision == "float32":
         return Packing(_dense, _dense, _dense, dense=True)
-    if library := native():
+    if (library := native()) and (library.integers or precision == "bf16"):
         return _native_packing(precision, library)
     if precision == "bf16":
         return Packing(_bf16, _bf16, _bf16)

@@ -7,8 +7,6 @@
 
 #include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
 namespace kvmesh {
 
 struct Codes {
@@ -31,6 +29,7 @@ struct Codes {
             for (int i = 0; i < inputs; i += W) BFloat16::put(&plain[row * inputs + i], at(i));
             return;
         }
+#ifdef KVMESH_INTEGER_PRODUCTS
         totals[row] = 0;
         for (int g = 0; g < groups(); ++g) {
             const int64_t i = row * groups() + g;
@@ -39,8 +38,10 @@ struct Codes {
             group == 64 ? take_group<4>(to, scales[i], sums[i], part) : take_group<2>(to, scales[i], sums[i], part);
             totals[row] += sums[i];
         }
+#endif
     }
 
+#ifdef KVMESH_INTEGER_PRODUCTS
   private:
     template <int VECTORS, class F> static INLINE void take_group(int8_t* to, float& scale, float& sum, const F& at) {
         __m512 x[VECTORS], top = _mm512_setzero_ps();
@@ -59,7 +60,7 @@ struct Codes {
         scale = most / 127.0f;
         sum = scale * _mm512_reduce_add_epi32(total);
     }
+#endif
 };
 
 }  // namespace kvmesh
-#endif

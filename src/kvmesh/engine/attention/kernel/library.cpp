@@ -65,6 +65,14 @@ void kvmesh_rotate(void* rows, const void* cos, const void* sin, int64_t count, 
 
 #ifdef KVMESH_PRODUCTS
 
+int32_t kvmesh_integer_products() {
+#ifdef KVMESH_INTEGER_PRODUCTS
+    return true;
+#else
+    return false;
+#endif
+}
+
 void* kvmesh_crew_create(int32_t threads) { return new Crew(threads); }
 void kvmesh_crew_destroy(void* crew) { delete static_cast<Crew*>(crew); }
 

@@ -1,4 +1,4 @@
-// Products of activations with weights of 4, 8 or 16 bits, for any number of rows (AVX512-VNNI and BF16).
+// Products of activations with weights of 4, 8 or 16 bits, for any number of rows. Those of 4 and 8 want AVX512-VNNI.
 //
 // Int4 holds GGUF's Q4_0 and Q4_1 exactly: for 16 outputs and 32 inputs a block of 256 bytes of codes, then 16 steps
 // and 16 minima in half precision; [outputs / 16, inputs / 32] blocks. Int8 is [outputs / 16, inputs / 4] vectors of 16
@@ -22,12 +22,16 @@ struct Matrix {
 };
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define KVMESH_PRODUCTS 1
+#ifdef KVMESH_PRODUCTS
 
 namespace kvmesh {
 
 template <int R, int N> using Sums = vfloat[R][N];
+
+constexpr int LANES = 16;            // outputs that lie together
+constexpr int WIDE = W == 16 ? 3 : 2;  // vectors of outputs of a tile
+
+#ifdef KVMESH_INTEGER_PRODUCTS
 
 INLINE __m512i four(const int8_t* codes) { int32_t x; std::memcpy(&x, codes, 4); return _mm512_set1_epi32(x); }
 INLINE vfloat halves(const uint8_t* from) { return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
@@ -113,24 +117,31 @@ struct Int8 {
     }
 };
 
+#endif
+
 struct Bf16 {
     static vfloat scale(const Matrix&, int) { return every(1.0f); }
-    static const uint8_t* weights(const Matrix& m, int64_t vector) { return m.bf16 + vector * m.inputs * 2 * W; }
+    static const uint8_t* weights(const Matrix& m, int64_t vector) {
+        const int64_t output = vector * W;
+        return m.bf16 + output / LANES * LANES * m.inputs * 2 + output % LANES * 4;
+    }
 
     template <int R, int N>
     static INLINE void tile(const Matrix& m, const Codes& x, int row, int vector, int64_t ahead, Sums<R, N>& out) {
         const uint8_t* from = weights(m, vector);
-        const int64_t column = int64_t{m.inputs} * 2 * W;
-        const auto* rows = reinterpret_cast<const int8_t*>(&x.plain[int64_t{row} * x.inputs]);
+        const int64_t column = W == LANES ? int64_t{m.inputs} * 2 * W : W * 4;
+        const uint16_t* rows = &x.plain[int64_t{row} * x.inputs];
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) out[r][n] = vfloat{};
-        for (int k = 0; k < m.inputs / 2; ++k, from += 4 * W, rows += 4) {
+        for (int k = 0; k < m.inputs / 2; ++k, from += 4 * LANES, rows += 2) {
             vint weight[N];
             UNROLL for (int n = 0; n < N; ++n) {
                 weight[n] = load<vint>(from + n * column);
                 if (ahead) __builtin_prefetch(from + n * column + ahead, 0, 2);
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                const vint pair = (vint)four(rows + int64_t{r} * 2 * x.inputs);
+                word two;
+                std::memcpy(&two, rows + int64_t{r} * x.inputs, sizeof two);
+                const vint pair = every(two);
                 UNROLL for (int n = 0; n < N; ++n) out[r][n] = BFloat16::add_product(out[r][n], weight[n], pair);
             }
         }
@@ -158,7 +169,7 @@ void multiply_tile(const Matrix& m, const Codes& x, int row, int vector, int64_t
 }
 
 template <class P> struct Tiles {
-    static constexpr int R = 4, N = 3;
+    static constexpr int R = 4, N = WIDE;
     using Tile = void (*)(const Matrix&, const Codes&, int, int, int64_t, const Target&);
     template <int n> static constexpr Tile of[R] = {
         multiply_tile<P, 1, n>, multiply_tile<P, 2, n>, multiply_tile<P, 3, n>, multiply_tile<P, 4, n>};
@@ -177,18 +188,28 @@ void multiply(const Matrix& m, const Codes& x, int row, int end, int first, int 
     }
 }
 
+using Multiply = void (*)(const Matrix&, const Codes&, int, int, int, int, const Target&);
+
+#ifdef KVMESH_INTEGER_PRODUCTS
 inline bool narrow(const Matrix& m, int rows) { return m.int4 && (rows <= m.few || !m.int8); }
 inline int group_of(const Matrix& m, int rows) {
     return m.bf16 ? 0 : narrow(m, rows) ? Int4::GROUP : Int8::GROUP;
 }
+inline Multiply product_of(const Matrix& m, int rows) {
+    return m.bf16 ? multiply<Bf16> : narrow(m, rows) ? multiply<Int4> : multiply<Int8>;
+}
+#else
+inline int group_of(const Matrix&, int) { return 0; }
+inline Multiply product_of(const Matrix&, int) { return multiply<Bf16>; }
+#endif
 
 // All of `rows` rows, by all threads: in pieces of outputs, and of rows where those have to stay in the cache.
 inline void multiply(Crew& crew, const Matrix& m, const Codes& x, int rows, const Target& target) {
-    constexpr int ROWS = 128, N = 3;
+    constexpr int ROWS = 128, N = WIDE;
     const int vectors = m.outputs / W, tiles = (vectors + N - 1) / N, down = (rows + ROWS - 1) / ROWS;
     const int wanted = std::max(1, 4 * crew.size() / down), wide = std::min(8, (tiles + wanted - 1) / wanted) * N;
     const int across = (vectors + wide - 1) / wide;
-    auto* part = m.bf16 ? multiply<Bf16> : narrow(m, rows) ? multiply<Int4> : multiply<Int8>;
+    const Multiply part = product_of(m, rows);
     crew.run(across * down, false, [&](int i, int) {
         const int row = i / across * ROWS, first = i % across * wide;
         part(m, x, row, std::min(rows, row + ROWS), first, std::min(vectors, first + wide), target);

@@ -18,6 +18,13 @@
 #else
 #define KVMESH_WIDTH 4
 #endif
+// What there are products for: of bfloat16, and of 8-bit codes too.
+#if defined(__AVX2__) && defined(__FMA__)
+#define KVMESH_PRODUCTS 1
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define KVMESH_INTEGER_PRODUCTS 1
+#endif
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE inline __attribute__((always_inline))
 
