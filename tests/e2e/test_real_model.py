@@ -17,6 +17,7 @@ from kvmesh.cli.plan import MeshPlan
 from kvmesh.client import Delta, Finish, PromptInfo
 from kvmesh.engine.api import EngineRequest, Sample, TokenOutput
 from kvmesh.engine.build import build_engine
+from kvmesh.engine.linear.native import products
 from kvmesh.errors import InvalidArgument
 from kvmesh.types import FinishReason, Role, SamplingParams
 from kvmesh.v1 import common_pb2, router_pb2, router_pb2_grpc
@@ -98,6 +99,21 @@ async def test_a_shared_prefix_is_not_computed_again(mesh, engine):
     assert first[1] == again[1] == other[1]
     assert first[3].usage.cached_tokens == other[3].usage.cached_tokens == 0
     assert again[3].usage.cached_tokens >= 256
+
+
+async def test_no_bit_depends_on_what_else_is_served(mesh):
+    """Alone, in a crowd, and with its prefix found in the store: the same draws from the same log-probabilities."""
+    if products() is None:
+        pytest.skip("no native products here")
+    prompt, options = f"{STORY} One day", {"temperature": 0.9, "seed": 3, "max_tokens": 24, "logprobs": 2}
+
+    async def outputs(salt):
+        return (await mesh.client.complete(prompt, cache_salt=salt, **options)).outputs
+
+    alone = await outputs("a")
+    crowd = (mesh.client.complete(f"{STORY[n:]} {n}", temperature=0.9, seed=n, max_tokens=48) for n in range(6))
+    in_a_crowd, *_ = await asyncio.gather(outputs("b"), *crowd)
+    assert alone == in_a_crowd == await outputs("a")
 
 
 async def test_a_seed_repeats_samples_and_stop_strings_end_them(mesh):
