@@ -53,7 +53,10 @@ def run(engine: EngineCore, name: str, budget: int, decodes: int, prompt: int, p
     engine.scheduler.token_budget = budget
     for number in range(decodes):
         add(engine, f"decode {number}", rng, CONTEXT, 100_000)
-    calm = gaps(engine, 12, "")[4:]
+    waiting = {f"decode {number}" for number in range(decodes)}
+    while waiting:
+        waiting -= {event.request_id for event in engine.step() if isinstance(event, TokenOutput)}
+    calm = gaps(engine, 12, "")
     began, busy = time.perf_counter(), []
     for number in range(prompts):
         add(engine, f"prompt {number}", rng, prompt, 1)

@@ -1,14 +1,14 @@
 """What reading a shared prefix once is worth: decode attention with and without it, by prefix length and batch.
 
-    python bench/hydragen.py [--prefix 1024 2048 4096 8192] [--batch 8 16 32 64] [--dtype bfloat16] [--repeats 5]
-                             [--threads 1] [--json FILE]
+    python bench/hydragen.py [--prefix 1024 2048 4096 8192] [--batch 8 16 32 64] [--own 64] [--dtype bfloat16]
+                             [--repeats 5] [--threads 1] [--json FILE]
 
-Every sequence has the prefix and 64 tokens of its own; blocks lie in random order. Heads of 64 as in SmolLM2-135M: GQA
-with 9 query and 3 KV heads, and MHA with 9 and 9. Both ways take turns in one process. With one thread the CPU time of
-that thread counts, which a busy neighbour hardly moves; the ratio of medians is the result. Rows without a prefix share
-nothing:
-there the search for prefixes must cost nothing. The paper (arXiv 2402.05099) has GPUs and MHA, where the batch that
-shares is hundreds of sequences; on a CPU the gain is that one load of a key serves eight rows instead of one group's.
+Every sequence has the prefix and `--own` tokens of its own; blocks lie in random order. Heads of 64 as in
+SmolLM2-135M: GQA with 9 query and 3 KV heads, and MHA with 9 and 9. Both ways take turns in one process. With one
+thread the CPU time of that thread counts, which a busy neighbour hardly moves; the ratio of medians is the result.
+Rows without a prefix share nothing, with 1,024 tokens more of each one's own: there the search for prefixes must
+cost nothing. The paper (arXiv 2402.05099) has GPUs and MHA, where the batch that shares is hundreds of sequences;
+on a CPU the gain is that one load of a key serves eight rows instead of one group's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvmesh.engine.attention.native import SHARING, Kernel, NativeAttention, Pac
 from kvmesh.types import BLOCK_TOKENS
 
 SHAPES = {"GQA 9/3": (9, 3), "MHA 9/9": (9, 9)}
-HEAD_DIM, OWN = 64, 64
+HEAD_DIM, ALONE = 64, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,24 @@ class Row:
     ratio: float
 
 
-def segments_of(prefix: int, batch: int, blocks: int) -> list[Segment]:
-    """One decode row a sequence; `prefix` 0: nobody shares, and each has 1,024 tokens more of its own."""
+def segments_of(prefix: int, batch: int, blocks: int, own: int) -> list[Segment]:
+    """One decode row a sequence, behind the prefix and `own` tokens that nobody shares."""
     free = random.Random(0).sample(range(blocks), blocks)
     trunk = [free.pop() for _ in range(prefix // BLOCK_TOKENS)]
-    own = OWN if prefix else OWN + 1024
     tables = [trunk + [free.pop() for _ in range(own // BLOCK_TOKENS)] for _ in range(batch)]
     return [Segment(prefix + own - 1, 1, table) for table in tables]
 
 
-def measure(kernel: Kernel, shape: str, prefix: int, batch: int, dtype: str, repeats: int, threads: int) -> Row:
+def measure(
+    kernel: Kernel, shape: str, prefix: int, batch: int, own: int, dtype: str, repeats: int, threads: int
+) -> Row:
     heads, kv_heads = SHAPES[shape]
-    blocks = prefix // BLOCK_TOKENS + batch * ((OWN if prefix else OWN + 1024) // BLOCK_TOKENS)
+    own = own if prefix else own + ALONE
+    blocks = (prefix + batch * own) // BLOCK_TOKENS
     pool = PackedPool(KvLayout(1, kv_heads, HEAD_DIM, dtype), blocks, kernel)
     for data in (pool.keys, pool.values):
         data.copy_(torch.randn(data.shape) * 0.5)
-    segments = segments_of(prefix, batch, blocks)
+    segments = segments_of(prefix, batch, blocks, own)
     q, k, v = (torch.randn(batch, n, HEAD_DIM).to(pool.dtype) for n in (heads, kv_heads, kv_heads))
     ways = [NativeAttention(pool, [None], threads, sharing) for sharing in (None, SHARING)]
     clock = time.thread_time if threads == 1 else time.perf_counter
@@ -107,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefix", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--own", type=int, default=64, help="tokens of each sequence that nobody shares (default 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -118,7 +121,7 @@ def main() -> None:
     cases = [(s, p, b) for s in SHAPES for p in [*arguments.prefix, 0] for b in arguments.batch]
     with torch.inference_mode():
         rows = [
-            measure(kernel, *case, arguments.dtype, arguments.repeats, arguments.threads)
+            measure(kernel, *case, arguments.own, arguments.dtype, arguments.repeats, arguments.threads)
             for case in track(cases, description="measuring", console=Console(stderr=True))
         ]
     show(rows, arguments.dtype)

@@ -21,24 +21,41 @@ _VLLM = """
 import json, random, sys, time
 from vllm import LLM, SamplingParams
 model, prompt, new, *batches = sys.argv[1], *map(int, sys.argv[2:])
-llm = LLM(model, dtype="bfloat16", max_model_len=prompt + new + 16, enable_prefix_caching=False,
+llm = LLM(model, dtype="bfloat16", max_model_len=prompt + new + max(batches) + 16, enable_prefix_caching=False,
           max_num_batched_tokens=max(prompt, 512) + max(batches), max_num_seqs=max(batches))
-def seconds(batch, tokens):
-    prompts = [{"prompt_token_ids": random.choices(range(100, 40000), k=prompt)} for _ in range(batch)]
-    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+engine = llm.llm_engine
+def seconds(batch, new):
+    "Until all have their first token, and of `new` iterations from there."
+    sampling = SamplingParams(max_tokens=new + batch + 1, temperature=0, ignore_eos=True)
+    names = [f"{batch}-{new}-{time.time()}-{i}" for i in range(batch)]
+    lengths = dict.fromkeys(names, 0)
     began = time.perf_counter()
-    llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - began
+    for name in names:
+        ids = random.choices(range(100, 40000), k=prompt)
+        engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+    def step():
+        for output in engine.step():
+            lengths[output.request_id] = len(output.outputs[0].token_ids)
+    while not all(lengths.values()):
+        step()
+    first, reached = time.perf_counter(), sum(lengths.values())
+    while sum(lengths.values()) < reached + batch * new:
+        step()
+    done, tokens = time.perf_counter(), sum(lengths.values()) - reached
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return first - began, (done - first) / tokens
 seconds(1, 4)
 for batch in batches:
-    first = min(seconds(batch, 1) for _ in range(2))
-    whole = min(seconds(batch, new + 1) for _ in range(2))
-    print("ROW", json.dumps([batch, batch * prompt / first, batch * new / (whole - first)]))
+    prefill = min(seconds(batch, 1)[0] for _ in range(2))
+    decode = min(seconds(batch, new)[1] for _ in range(2))
+    print("ROW", json.dumps([batch, batch * prompt / prefill, 1 / decode]))
 """
 
 
 def vllm(python: str, model: Path, prompt: int, new: int, batches: Sequence[int], threads: int) -> list[Figure]:
-    """vLLM by its offline interface; decode time is that of new + 1 tokens less that of one."""
+    """vLLM's engine, iteration by iteration; decoding is timed once all have their first token."""
     output = _run([python, "-c", _VLLM, str(model), *map(str, (prompt, new, *batches))], _vllm_environment(threads))
     rows = [json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW ")]
     return [(batch, prefill, decode) for batch, prefill, decode in rows]

@@ -85,9 +85,13 @@ async def server_at(address: str) -> AsyncIterator[Target]:
         yield OpenAiTarget(http, "model")
 
 
-async def replay(connect: Connect, arrivals: Sequence[Arrival], vocabulary: range, seconds: float) -> list[Record]:
+async def replay(
+    connect: Connect, arrivals: Sequence[Arrival], vocabulary: range, seconds: float, seed: float
+) -> list[Record]:
+    """Prompts are the same for each system and others for every seed: nobody finds one in a cache."""
     async with connect() as target:
-        return await LoadGenerator(target, vocabulary, limit=seconds).run(arrivals, Tally(len(arrivals)))
+        generator = LoadGenerator(target, vocabulary, limit=seconds, seed=seed)
+        return await generator.run(arrivals, Tally(len(arrivals)))
 
 
 def row(system: str, rate: float, records: Sequence[Record], seconds: float) -> Row:
@@ -109,11 +113,11 @@ def row(system: str, rate: float, records: Sequence[Record], seconds: float) -> 
 def measure(system: str, connect: Connect, vocabulary: range, args: argparse.Namespace, bar: Progress) -> list[Row]:
     lengths = scaled(catalogue.workload(args.lengths).sample(), args.scale)
     warm_up = arrivals_of(lengths, WARM_UP_RATE, WARM_UP_SECONDS)
-    run(replay(connect, warm_up, vocabulary, 4 * WARM_UP_SECONDS))
+    run(replay(connect, warm_up, vocabulary, 4 * WARM_UP_SECONDS, 0))
     rows = []
     for rate in bar.track(args.rates, description=system):
         arrivals = arrivals_of(lengths, rate, args.seconds)
-        rows.append(row(system, rate, run(replay(connect, arrivals, vocabulary, args.seconds)), args.seconds))
+        rows.append(row(system, rate, run(replay(connect, arrivals, vocabulary, args.seconds, rate)), args.seconds))
     return rows
 
 
@@ -123,7 +127,8 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
     vocabulary = vocabulary_range(folder.vocabulary_size)
     rows = []
     with Progress(console=Console(stderr=True)) as bar:
-        with temporary_mesh(args.model, 1, 1, 1, engine_settings(args.precision, 1)) as address:
+        settings = engine_settings(args.precision, 1) | {"KVMESH_POLICY": args.policy}
+        with temporary_mesh(args.model, 1, 1, 1, settings) as address:
             rows += measure("kvmesh", lambda: mesh_at(address), vocabulary, args, bar)
         if args.vllm:
             with vllm_server(args.vllm, folder.path, free_port(), threads=2) as server:
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM for CPUs")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--precision", default="auto", help="of kvmesh's weights (default auto); vLLM has bf16")
+    parser.add_argument("--policy", default="placement", help="of kvmesh's router (default placement)")
     parser.add_argument("--lengths", default="azure-conv", help="azure-conv, azure-code or a CSV of lengths")
     parser.add_argument("--scale", type=float, default=0.25, help="of prompts and outputs (default 0.25)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 1.5, 2, 3], help="requests per second")

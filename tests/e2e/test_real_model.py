@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct through router, prefill, kvstore and decode as four kinds of process.
 
-The oracle for tokens is the same engine run alone in this process; that engine is held against `transformers` in
-test_greedy_parity.py.
+The oracle for tokens is the same engine run alone in this process; that engine, in float32, is held against
+`transformers` in test_greedy_parity.py.
 """
 
 import asyncio

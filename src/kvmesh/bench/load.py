@@ -55,7 +55,7 @@ class LoadGenerator:
         *,
         timeout: float | None = None,
         limit: float | None = None,
-        seed: int = 0,
+        seed: float = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target = target

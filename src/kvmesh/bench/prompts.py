@@ -13,7 +13,7 @@ def vocabulary_range(vocabulary_size: int) -> range:
     return range(vocabulary_size // 4, max(vocabulary_size // 2, vocabulary_size // 4 + 1))
 
 
-def synthesise(prompt: Iterable[Segment], vocabulary: range, seed: int = 0) -> list[int]:
+def synthesise(prompt: Iterable[Segment], vocabulary: range, seed: float = 0) -> list[int]:
     """Token ids for each segment in turn; equal (id, seed) begin alike whatever their lengths."""
     tokens: list[int] = []
     for segment in prompt:

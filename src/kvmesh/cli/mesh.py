@@ -37,7 +37,7 @@ KvMemoryOption = Annotated[
 ]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bf16", "int8", "int4"] | None,
-    typer.Option("--precision", help="Of the weights; auto is the fastest of good quality. Default: bf16."),
+    typer.Option("--precision", help="float32, bf16, int8, int4 or auto, the fastest of good quality. Default: bf16."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of each prefill and decode. Default: 1.")

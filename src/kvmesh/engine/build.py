@@ -80,10 +80,13 @@ def build_runner(
     """The runner of `build_engine`, for those who schedule themselves."""
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, precision)
-    model = load(folder, dtype, device, precision=resolve_precision(precision, dtype, device))
+    precision = resolve_precision(precision, dtype, device)
+    log.info("weights in %s, KV in %s, on %s", dtype if precision == "float32" else precision, dtype, device)
+    model = load(folder, dtype, device, precision=precision)
     if blocks is None:
         blocks = blocks_within(kv_layout_of(folder, dtype), memory_bytes, free_memory(device))
-    back_end = choose(kv_layout_of(folder, dtype), device, torch.get_num_threads(), heads=model.config.heads)
+    layout, threads = kv_layout_of(folder, dtype), torch.get_num_threads()
+    back_end = choose(layout, device, threads, heads=model.config.heads, windows=model.windows)
     return TorchRunner(model, blocks, max_model_len, back_end, _grammars(folder))
 
 

@@ -21,7 +21,12 @@ def forward_of(model: Decoder, attention: Attention) -> Forward:
     layers in one native call where there is one for such a model."""
     on_cuda = torch.device(model.device).type == "cuda"
     if on_cuda and isinstance(attention, FlashInferAttention) and model.config.experts is None:
-        return GraphedForward(model, attention, CudaRecorder())
+        graphed = GraphedForward(model, attention, CudaRecorder())
+        if graphed.agrees():
+            log.info("decode steps: replayed from CUDA graphs")
+            return graphed
+        log.warning("decode steps: not replayed from CUDA graphs, which failed or disagreed")
+        return EagerForward(model, attention)
     if native := native_forward(model, attention):
         log.info("forward pass: all layers in one native call")
         return native

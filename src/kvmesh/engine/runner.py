@@ -16,6 +16,7 @@ from kvmesh.engine.attention.choice import torch_back_end
 from kvmesh.engine.attention.flashinfer_pool import PagePool
 from kvmesh.engine.attention.interface import BackEnd, Segment
 from kvmesh.engine.batch import Batch, Draw, Row, SampledToken
+from kvmesh.engine.cuda.staging import to_device
 from kvmesh.engine.forward_choice import forward_of
 from kvmesh.engine.grammar import Grammars
 from kvmesh.engine.models.llama import Decoder
@@ -113,11 +114,13 @@ class TorchRunner:
         drawn, repeats = _drawn(rows)
         if not drawn:
             return torch.empty(0)
-        logits = self._model.logits(hidden.index_select(0, self._tensor(drawn)))
+        if len(drawn) < len(hidden):
+            hidden = hidden.index_select(0, self._tensor(drawn))
+        logits = self._model.logits(hidden)
         return logits if max(repeats) == 1 else logits.repeat_interleave(self._tensor(repeats), dim=0)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self._model.device)
 
 
 def _positions(row: Row) -> range:

@@ -20,7 +20,7 @@ class WorkerConfig(ProcessConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and KV; auto is float32 if `precision` is, bfloat16 otherwise."""
     precision: Literal["auto", "float32", "bf16", "int8", "int4"] | None = None
-    """Of the weights on a CPU: `kvmesh.engine.linear`. By default that of `dtype`, so bf16."""
+    """Of the weights: `kvmesh.engine.linear`; int8 and int4 on CPUs alone. By default that of `dtype`, so bf16."""
     codec: Annotated[str, AfterValidator(check_setting)] = "auto"
     """Of the chunks in the store: raw, int8, fp8, cachegen or cachegen:LEVEL; adaptive is raw or lossy as suits the
     links, auto is adaptive where the model has a profile, else raw. All workers of a mesh need the same."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ PAGE = 16
 
 
 class FakeFlashInfer:
-    """Counts calls by name in `calls`; `broken` makes results wrong."""
+    """Counts calls by name in `calls`, and the back ends that were asked for in `backends`.
 
-    def __init__(self, broken: bool = False) -> None:
+    `wrong`: what is added to results, of "decode", of "prefill", or of those with a "window".
+    """
+
+    def __init__(self, wrong: Mapping[str, float] = MappingProxyType({})) -> None:
         self.calls: dict[str, int] = {}
-        self.broken = broken
+        self.backends: list[str] = []
+        self.wrong = wrong
 
     def count(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -82,10 +88,13 @@ class FakeFlashInfer:
 
 
 class PrefillWrapper:
-    def __init__(self, owner: FakeFlashInfer, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
+    def __init__(
+        self, owner: FakeFlashInfer, float_workspace_buffer: Tensor, kv_layout: str = "NHD", *, backend: str = "auto"
+    ) -> None:
         assert kv_layout == "NHD"
+        assert backend in ("auto", "fa2", "fa3")
         assert not float_workspace_buffer.any()
-        self.owner, self.name, self.planned = owner, "prefill", False
+        self.owner, self.name, self.backend, self.planned = owner, "prefill", backend, False
 
     def plan(
         self,
@@ -122,7 +131,8 @@ class PrefillWrapper:
         assert paged_kv_cache.shape[1:] == (2, PAGE, kv_heads, head_dim)
         parts = [self.request(i, q[a:b], paged_kv_cache) for i, (a, b) in enumerate(pairs(self.queries))]
         out = torch.cat([part[0] for part in parts]).to(q.dtype)
-        out = out + 1 if self.owner.broken else out
+        out += self.owner.wrong.get(self.name, 0) + (self.window_left >= 0) * self.owner.wrong.get("window", 0)
+        self.owner.backends.append(self.backend)
         return (out, torch.cat([part[1] for part in parts])) if return_lse else out
 
     def request(self, i: int, q: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:

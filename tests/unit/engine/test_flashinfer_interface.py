@@ -4,6 +4,7 @@ What is checked is what FlashInfer is asked; that its kernels answer well only a
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from kvmesh.engine.attention import choice
 from kvmesh.engine.attention.flashinfer import CAPTURED_ROWS, FlashInferAttention, SavedBytes
 from kvmesh.engine.attention.flashinfer_choice import checked_flashinfer, flashinfer_back_end, supports
 from kvmesh.engine.attention.flashinfer_pool import PagePool
-from kvmesh.engine.attention.flashinfer_tables import pages_of, places_of
+from kvmesh.engine.attention.flashinfer_tables import pages_of, places_of, tables_of
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.attention.native_build import CannotBuild
 from kvmesh.engine.attention.pool import KvPool
@@ -119,7 +120,8 @@ def test_every_query_group_has_a_decode_kernel(heads):
 
 def test_tables_are_those_of_the_documentation():
     segments = [Segment(0, 18, [4, 2]), Segment(31, 1, [7, 5, 9]), Segment(32, 2, [1, 0, 3])]
-    pages = pages_of(segments, 10)
+    tables = tables_of(segments)
+    pages = pages_of(segments, tables, 10)
     assert pages.queries.tolist() == [0, 18, 19, 21]
     assert pages.indptr.tolist() == [0, 2, 4, 7]
     assert pages.indices.tolist() == [4, 2, 7, 5, 1, 0, 3]
@@ -128,7 +130,10 @@ def test_tables_are_those_of_the_documentation():
     requests, positions = places_of(segments)
     assert requests.tolist() == [0] * 18 + [1] + [2] * 2
     assert positions.tolist() == [*range(18), 31, 32, 33]
-    assert pages_of(segments, 10, np.array([0, 1, 2])).indices.tolist() == [4, 2, 5, 3]
+    assert pages_of(segments, tables, 10, np.array([0, 1, 2])).indices.tolist() == [4, 2, 5, 3]
+    filled = tables.filled(8, 2)
+    assert filled.blocks.tolist() == [*tables.blocks, 8, 8]
+    assert filled.first.tolist() == [*tables.first, len(tables.blocks) + 1, len(tables.blocks) + 2]
 
 
 @pytest.mark.parametrize("segment", [Segment(16, 1, [3]), Segment(0, 1, [BLOCKS]), Segment(0, 1, [-1])])
@@ -248,7 +253,31 @@ def test_a_module_that_agrees_with_the_textbook_is_taken(layout):
 
 def test_one_that_does_not_is_refused():
     with pytest.raises(CannotBuild, match="is off by"):
-        checked_flashinfer(SERVED, 8, "cpu", lambda: FakeFlashInfer(broken=True))
+        checked_flashinfer(SERVED, 8, "cpu", lambda: FakeFlashInfer({"prefill": 1.0}))
+
+
+def test_one_that_decodes_to_nothing_is_refused():
+    with pytest.raises(CannotBuild, match="is off by nan"):
+        checked_flashinfer(SERVED, 8, "cpu", lambda: FakeFlashInfer({"decode": math.nan}))
+
+
+def test_kernels_with_a_window_are_tried_where_the_model_has_one():
+    def windows_fail():
+        return FakeFlashInfer({"window": 1.0})
+
+    checked_flashinfer(SERVED, 8, "cpu", windows_fail)
+    with pytest.raises(CannotBuild, match="is off by"):
+        checked_flashinfer(SERVED, 8, "cpu", windows_fail, [None, 4096])
+
+
+def test_rows_of_decodes_go_through_fa2():
+    for segments, backend in (
+        ([Segment(0, 20, [3, 4]), Segment(0, 9, [7])], "auto"),
+        ([Segment(20, 7, [3, 4]), Segment(9, 1, [7])], "fa2"),
+    ):
+        attention, flashinfer, textbook = both(page_pool(), [None, None])
+        assert_equal_outputs((attention, textbook), segments)
+        assert set(flashinfer.backends) == {backend}
 
 
 def test_torch_serves_and_says_why_where_there_is_no_flashinfer(caplog):
@@ -317,6 +346,28 @@ def test_steps_that_share_a_prefix_or_are_too_many_are_not_captured(decoder):
     graphed([1, 2], [32, 32], [Segment(32, 1, [0, 1, 5]), Segment(32, 1, [2, 3, 6])])
     assert recorder.recorded == 1
     assert BUCKETS[-1] == CAPTURED_ROWS
+
+
+@torch.inference_mode()
+def test_a_graph_that_fails_or_disagrees_is_not_used(decoder, caplog):
+    def fails(compute):
+        raise RuntimeError("out of memory")
+
+    segments = [Segment(0, 1, [0])]
+    graphed, plain, _, recorder = forwards(decoder)
+    assert graphed.agrees()
+    assert recorder.recorded == 1
+    graphed._replays, graphed._recorder = {}, fails
+    for _ in range(2):
+        torch.testing.assert_close(graphed([5], [0], segments), plain([5], [0], segments))
+    assert caplog.text.count("not replayed from graphs: out of memory") == 1
+    assert not graphed.agrees()
+    graphed, *_ = forwards(decoder)
+    graphed._recorder = lambda compute: lambda: compute() + math.nan
+    assert not graphed.agrees()
+    with pytest.raises(IndexError):
+        graphed([5], [40], [Segment(40, 1, [0])])
+    assert graphed.captures
 
 
 def test_a_runner_serves_on_it(decoder):

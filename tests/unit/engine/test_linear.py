@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvmesh.engine.build import build_runner, resolve_dtype
 from kvmesh.engine.linear import PRECISIONS, Dense, packing_of, resolve_precision, zen
-from kvmesh.engine.linear.bf16 import OneDnnBf16, bf16
+from kvmesh.engine.linear.bf16 import OneDnnBf16, Widened, bf16
 from kvmesh.engine.linear.by_rows import ByRows
 from kvmesh.engine.linear.int4 import GROUP, Int4, fits, on_grid
 from kvmesh.engine.linear.int8 import TorchInt8, int8, quantise
@@ -51,6 +51,7 @@ def relative_error(product, weight: Tensor, x: Tensor, bias: Tensor | None = Non
         pytest.param(Dense, 1e-6, id="dense"),
         pytest.param(bf16, 0.008, id="bf16"),
         pytest.param(OneDnnBf16, 0.008, id="onednn", marks=needs_bf16),
+        pytest.param(Widened, 0.008, id="widened"),
         pytest.param(zen.ZenBf16, 0.008, id="zen-bf16", marks=needs_zen),
         pytest.param(int8, 0.025, id="int8"),
         pytest.param(lambda w, b: TorchInt8(*quantise(w), b), 0.025, id="torch-int8"),

@@ -28,7 +28,8 @@ def largest_error(
     device: torch.device | str = "cpu",
     window: int | None = None,
 ) -> float:
-    """The largest difference over BATCHES in one layer of that window, of a back end whose pool has BLOCKS blocks.
+    """The largest difference over BATCHES in one layer of that window, of a back end whose pool has BLOCKS blocks; NaN
+    if there is any.
 
     A back end that returns fewer dimensions than keys have is compared in those.
     """
@@ -47,4 +48,4 @@ def largest_error(
             outputs.append(way.run(0, q, k, k if layout.planes == 1 else v).float())
         width = outputs[0].shape[-1]
         differences.append((outputs[0] - outputs[1][..., :width]).abs().max().item())
-    return max(differences)
+    return torch.tensor(differences).max().item()  # Python's max would pass over NaN.

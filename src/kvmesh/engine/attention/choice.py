@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -50,14 +50,15 @@ def choose(
     library: Callable[[], ctypes.CDLL] = load_library,
     *,
     heads: int = 0,
+    windows: Collection[int | None] = (None,),
     flashinfer: Callable[[], FlashInfer] = import_flashinfer,
 ) -> BackEnd:
     """The best back end that works here. A kernel is taken only once it has agreed with the textbook.
 
-    `heads`: query heads of the model, which FlashInfer wants to know.
+    `heads`, `windows`: query heads and layers' windows of the model, which FlashInfer wants to know.
     """
     if torch.device(device).type != "cpu":
-        return _choose_cuda(layout, device, heads, flashinfer)
+        return _choose_cuda(layout, device, heads, windows, flashinfer)
     try:
         kernel = checked_kernel(layout, library)
     except CannotBuild as error:
@@ -68,10 +69,14 @@ def choose(
 
 
 def _choose_cuda(
-    layout: KvLayout, device: torch.device | str, heads: int, flashinfer: Callable[[], FlashInfer]
+    layout: KvLayout,
+    device: torch.device | str,
+    heads: int,
+    windows: Collection[int | None],
+    flashinfer: Callable[[], FlashInfer],
 ) -> BackEnd:
     try:
-        back_end = checked_flashinfer(layout, heads or layout.kv_heads, device, flashinfer)
+        back_end = checked_flashinfer(layout, heads or layout.kv_heads, device, flashinfer, windows)
     except CannotBuild as error:
         log.warning("attention: torch on %s: %s", device, error)
         return torch_back_end(device)

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from kvmesh.engine.attention.flashinfer_api import FlashInfer
 from kvmesh.engine.attention.flashinfer_pool import PagePool
-from kvmesh.engine.attention.flashinfer_tables import Pages, Shared, pages_of, places_of, shared_of
-from kvmesh.engine.attention.flashinfer_wrappers import Buffers, Heads, Wrappers
+from kvmesh.engine.attention.flashinfer_tables import Pages, Shared, Tables, pages_of, places_of, shared_of, tables_of
+from kvmesh.engine.attention.flashinfer_wrappers import CAPTURED_ROWS, Buffers, Heads, Wrappers
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.attention.prefixes import Cost
 from kvmesh.engine.cuda.staging import to_device
 
-CAPTURED_ROWS = 256
 CAPTURED_PAGES = 1 << 20
-"""The largest batch that a captured step takes, in rows and in pages."""
+"""The most pages of a captured step."""
 SAVED_BYTES = 128 << 20
 """What a prefix must save a layer to read, 40 us on an H100, to be worth a step that no graph replays and three more
 kernels. An estimate: no GPU has measured it."""
@@ -40,7 +39,7 @@ class SavedBytes(Cost):
     block_bytes: int = 1 << 16
     least: int = SAVED_BYTES
 
-    def pays(self, members: int, blocks: int) -> bool:
+    def pays(self, members: int, blocks: int, later: int = 0) -> bool:
         return (members - 1) * blocks * self.block_bytes >= self.least
 
 
@@ -90,12 +89,13 @@ class FlashInferAttention:
         self._flashinfer, self._wrappers = flashinfer, Wrappers(shape, device, flashinfer)
         self._buffers: Buffers | None = None
         self._plan: _Plan | None = None
+        self._seen: tuple[Sequence[Segment], Tables, Shared | None] | None = None
 
     def plan(self, segments: Sequence[Segment]) -> None:
         self._fence(segments)
-        shared = shared_of(segments, self._sharing) if self._sharing else None
-        pages = pages_of(segments, self._pool.blocks)
-        own = pages_of(segments, self._pool.blocks, shared.skip) if shared else pages
+        tables, shared = self._tables(segments)
+        pages = pages_of(segments, tables, self._pool.blocks)
+        own = pages_of(segments, tables, self._pool.blocks, shared.skip) if shared else pages
         single = all(segment.tokens == 1 for segment in segments)
         attend = self._wrappers.decode if single else self._wrappers.chunks
         self._plan = _Plan(
@@ -106,12 +106,14 @@ class FlashInferAttention:
 
     def plan_captured(self, segments: Sequence[Segment], rows: int) -> bool:
         """As `plan`, for a graph of `rows` rows, which `segments` fill up from the first; False if `plan` is better."""
-        if any(s.tokens != 1 for s in segments) or (self._sharing and shared_of(segments, self._sharing)):
+        if rows > CAPTURED_ROWS or any(segment.tokens != 1 for segment in segments):
+            return False
+        tables, shared = self._tables(segments)
+        if shared or len(tables.blocks) > CAPTURED_PAGES - rows:
             return False
         filling = [Segment(0, 1, (self._pool.scratch,))] * (rows - len(segments))
-        pages = pages_of([*segments, *filling], self._pool.blocks + 1)
-        if rows > CAPTURED_ROWS or len(pages.indices) > CAPTURED_PAGES:
-            return False
+        tables = tables.filled(self._pool.scratch, len(filling))
+        pages = pages_of([*segments, *filling], tables, self._pool.blocks + 1)
         self._fence(segments)
         device = self._pool.data.device
         self._buffers = buffers = self._buffers or Buffers.empty(CAPTURED_ROWS, CAPTURED_PAGES, device)
@@ -146,6 +148,13 @@ class FlashInferAttention:
         result: Tensor = out
         return result
 
+    def _tables(self, segments: Sequence[Segment]) -> tuple[Tables, Shared | None]:
+        """Also what they share. A batch that is not for a graph is asked for twice."""
+        if self._seen is None or self._seen[0] is not segments:
+            tables = tables_of(segments)
+            self._seen = segments, tables, shared_of(segments, tables, self._sharing) if self._sharing else None
+        return self._seen[1:]
+
     def _prefixes(self, shared: Shared) -> _Prefixes:
         wrapper = self._wrappers.prefixes(shared.pages)
         levels = tuple((self._index(shared.rows[level]), self._index(level)) for level in shared.levels)
@@ -158,7 +167,7 @@ class FlashInferAttention:
         return to_device(torch.from_numpy(rows), self._pool.data.device)
 
     def _fence(self, segments: Sequence[Segment]) -> None:
-        self._pool.staging.fence(set(chain.from_iterable(segment.block_ids for segment in segments)))
+        self._pool.staging.fence(chain.from_iterable(segment.block_ids for segment in segments))
 
 
 def append_of(segments: Sequence[Segment], pages: Pages, device: torch.device) -> Append:

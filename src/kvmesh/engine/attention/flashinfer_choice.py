@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,8 @@ from kvmesh.types import BLOCK_TOKENS
 
 HEAD_DIMS = (64, 128, 256)
 TOLERANCE = 5e-2
+CHECKED_WINDOW = 20
+"""Kernels with a window are others than those without, whatever the window is: this one is short enough to matter."""
 
 
 def supports(layout: KvLayout) -> bool:
@@ -65,8 +67,10 @@ def checked_flashinfer(
     heads: int,
     device: torch.device | str,
     load: Callable[[], FlashInfer] = import_flashinfer,
+    windows: Collection[int | None] = (None,),
 ) -> BackEnd:
-    """The back end for KV of this layout. Without libraries built ahead this compiles for minutes, once.
+    """The back end for KV of this layout and layers of these windows. Without libraries built ahead this compiles for
+    minutes, once.
 
     Raises:
         CannotBuild: it does not support the layout, cannot be imported or built, or gives wrong results.
@@ -76,10 +80,11 @@ def checked_flashinfer(
     flashinfer, one = load(), replace(layout, layers=1)
     # Every prefix is shared, however short, so that merging is checked too.
     eager = flashinfer_back_end(heads, device, flashinfer, sharing=lambda layout: SavedBytes(least=1))
-    try:
-        error = largest_error(eager(one, BLOCKS, [None])[1], one, heads, device)
-    except Exception as problem:
-        raise CannotBuild(f"FlashInfer fails: {problem}") from problem
-    if not error < TOLERANCE:
-        raise CannotBuild(f"FlashInfer is off by {error:.2g}")
+    for window in {window and CHECKED_WINDOW for window in windows}:
+        try:
+            error = largest_error(eager(one, BLOCKS, [window])[1], one, heads, device, window)
+        except Exception as problem:
+            raise CannotBuild(f"FlashInfer fails: {problem}") from problem
+        if not error < TOLERANCE:
+            raise CannotBuild(f"FlashInfer is off by {error:.2g}")
     return flashinfer_back_end(heads, device, flashinfer)

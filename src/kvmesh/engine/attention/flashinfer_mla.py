@@ -7,6 +7,7 @@ captured here. Knows no weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from kvmesh.engine.attention.flashinfer import Append, append_of
 from kvmesh.engine.attention.flashinfer_api import FlashInfer
 from kvmesh.engine.attention.flashinfer_pool import PagePool
-from kvmesh.engine.attention.flashinfer_tables import pages_of
+from kvmesh.engine.attention.flashinfer_tables import pages_of, tables_of
 from kvmesh.engine.attention.flashinfer_wrappers import WORKSPACE_BYTES
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.types import BLOCK_TOKENS
@@ -36,8 +37,8 @@ class FlashInferLatentAttention:
         self._append: Append | None = None
 
     def plan(self, segments: Sequence[Segment]) -> None:
-        self._pool.staging.fence({block for segment in segments for block in segment.block_ids})
-        pages = pages_of(segments, self._pool.blocks)
+        self._pool.staging.fence(chain.from_iterable(segment.block_ids for segment in segments))
+        pages = pages_of(segments, tables_of(segments), self._pool.blocks)
         self._append = append_of(segments, pages, self._pool.data.device)
         queries, indptr, lengths = (torch.from_numpy(x) for x in (pages.queries, pages.indptr, pages.lengths))
         self._wrapper.plan(

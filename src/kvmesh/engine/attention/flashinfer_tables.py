@@ -34,21 +34,47 @@ class Pages:
         return (np.diff(self.indptr) - 1) * np.int32(BLOCK_TOKENS) + self.last_page_len
 
 
-def pages_of(segments: Sequence[Segment], limit: int, skip: NDArray[np.int64] | None = None) -> Pages:
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Block tables one after the other: that of segment i is `blocks[first[i] : first[i + 1]]`."""
+
+    blocks: Int32
+    first: Int32
+
+    def filled(self, block: int, count: int) -> Tables:
+        """With `count` more tables of one block."""
+        more = np.full(count, block, np.int32)
+        return Tables(
+            np.concatenate((self.blocks, more)),
+            np.concatenate((self.first, self.first[-1] + np.arange(1, count + 1, dtype=np.int32))),
+        )
+
+
+def tables_of(segments: Sequence[Segment]) -> Tables:
+    """Their whole tables, which costs more than all else here: once a batch."""
+    blocks = np.fromiter(chain.from_iterable(segment.block_ids for segment in segments), np.int32)
+    return Tables(blocks, _cumulated(len(segment.block_ids) for segment in segments))
+
+
+def pages_of(
+    segments: Sequence[Segment], tables: Tables, limit: int, skip: NDArray[np.int64] | None = None
+) -> Pages:
     """The pages that segments read, without the first `skip[i]` of each.
 
     Raises:
         IndexError: a segment lies outside its block table, or a block is not below `limit`. No kernel checks this.
     """
-    first = [0] * len(segments) if skip is None else skip.tolist()
-    ends = [-(-segment.end // BLOCK_TOKENS) for segment in segments]
-    parts = [s.block_ids[start:end] for s, start, end in zip(segments, first, ends, strict=True)]
-    indices = np.fromiter(chain.from_iterable(parts), np.int32)
-    indptr = _cumulated(map(len, parts))
-    short = any(len(segment.block_ids) < end for segment, end in zip(segments, ends, strict=True))
-    if short or (len(indices) and not 0 <= indices.min() <= indices.max() < limit):
-        raise IndexError("a segment lies outside its block table, or a block outside the pool")
-    last = np.array([(segment.end - 1) % BLOCK_TOKENS + 1 for segment in segments], np.int32)
+    ends: NDArray[np.int64] = np.array([segment.end for segment in segments], np.int64)
+    first = np.zeros(len(segments), np.int64) if skip is None else skip
+    end = (ends + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    if (np.diff(tables.first) < end).any():
+        raise IndexError("a segment lies outside its block table")
+    indptr = _cumulated(end - first)
+    places = np.arange(indptr[-1]) + np.repeat(tables.first[:-1] + first - indptr[:-1], end - first)
+    indices = tables.blocks[places]
+    if len(indices) and not 0 <= indices.min() <= indices.max() < limit:
+        raise IndexError("a block lies outside the pool")
+    last = ((ends - 1) % BLOCK_TOKENS + 1).astype(np.int32)
     return Pages(_cumulated(segment.tokens for segment in segments), indptr, indices, last)
 
 
@@ -75,12 +101,10 @@ class Shared:
     skip: NDArray[np.int64]
 
 
-def shared_of(segments: Sequence[Segment], cost: Cost) -> Shared | None:
+def shared_of(segments: Sequence[Segment], tables: Tables, cost: Cost) -> Shared | None:
     """The prefixes that decoding segments share, where that pays; None if nowhere."""
     full = np.array([s.start // BLOCK_TOKENS if s.tokens == 1 else 0 for s in segments], np.int32)
-    tables = np.fromiter(chain.from_iterable(segment.block_ids for segment in segments), np.int32)
-    first_block = _cumulated(len(segment.block_ids) for segment in segments)[:-1]
-    prefixes = shared_prefixes(tables, first_block, full, cost) if len(segments) > 1 else []
+    prefixes = shared_prefixes(tables.blocks, tables.first[:-1], full, cost) if len(segments) > 1 else []
     return _shared(segments, prefixes) if prefixes else None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from kvmesh.engine.attention.flashinfer_tables import Pages
 from kvmesh.engine.cuda.staging import to_device
 from kvmesh.types import BLOCK_TOKENS
 
+CAPTURED_ROWS = 256
+"""The most rows of a captured step."""
 WORKSPACE_BYTES = 128 << 20
 CUDA_CORE_GROUPS = (1, 2, 3)
 """Query heads to a KV head up to which decode does without tensor cores; the kernels have no more but 4 and 8."""
@@ -36,6 +39,11 @@ class Heads:
     def tensor_cores(self) -> bool:
         """Whether decode is to use them."""
         return self.stored != self.dtype or self.heads // self.kv_heads not in CUDA_CORE_GROUPS
+
+    @property
+    def workspace(self) -> int:
+        """Bytes. A captured step splits every row's KV; partial outputs are float32, in tiles of 16 rows."""
+        return max(WORKSPACE_BYTES, 2 * CAPTURED_ROWS * 16 * self.heads * self.head_dim * 4)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,7 +75,7 @@ class Wrappers:
     def __init__(self, heads: Heads, device: torch.device | str, flashinfer: FlashInfer) -> None:
         self.heads, self.device, self.flashinfer = heads, torch.device(device), flashinfer
         # Zero, as FlashInfer wants it for the first use.
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspace = torch.zeros(heads.workspace, dtype=torch.uint8, device=device)
         self._made: dict[tuple[object, ...], Any] = {}
 
     def decode(self, pages: Pages, window: int | None, captured: tuple[int, Buffers] | None = None) -> Any:
@@ -78,15 +86,20 @@ class Wrappers:
         return wrapper
 
     def chunks(self, pages: Pages, window: int | None) -> Any:
-        """For requests of any number of queries, the last of which is the last token of its KV."""
-        return self._prefill("chunks", pages, window, causal=True)
+        """For requests of any number of queries, the last of which is the last token of its KV.
+
+        FlashInfer's newest kernels give every query head of a request a tile of 128 rows and do not split its KV, which
+        suits prompts alone: FA2 is for batches in which somebody decodes.
+        """
+        alone = bool((np.diff(pages.queries) > 1).all())
+        return self._prefill("chunks", pages, window, "auto" if alone else "fa2", causal=True)
 
     def prefixes(self, pages: Pages) -> Any:
-        """For requests all of whose queries see all of their KV."""
-        return self._prefill("prefixes", pages, None, causal=False)
+        """For requests all of whose queries see all of their KV, of which each row is a decode's."""
+        return self._prefill("prefixes", pages, None, "fa2", causal=False)
 
-    def _prefill(self, use: str, pages: Pages, window: int | None, causal: bool) -> Any:
-        wrapper = self._wrapper((use, window), self._prefill_wrapper)
+    def _prefill(self, use: str, pages: Pages, window: int | None, backend: str, causal: bool) -> Any:
+        wrapper = self._wrapper((use, window, backend), lambda: self._prefill_wrapper(backend))
         self._plan(wrapper, (pages.queries, pages.indptr, pages.last_page_len), pages, window, causal=causal)
         return wrapper
 
@@ -114,8 +127,8 @@ class Wrappers:
             self._made[key] = make()
         return self._made[key]
 
-    def _prefill_wrapper(self) -> Any:
-        return self.flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+    def _prefill_wrapper(self, backend: str) -> Any:
+        return self.flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=backend)
 
     def _decode_wrapper(self, bucket: int, buffers: Buffers | None) -> Any:
         make, cores = self.flashinfer.BatchDecodeWithPagedKVCacheWrapper, self.heads.tensor_cores

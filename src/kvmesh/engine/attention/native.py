@@ -20,13 +20,13 @@ from torch import Tensor
 from kvmesh.engine.api import KvArray, KvLayout
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.attention.pool import check_layout, from_wire, to_wire
-from kvmesh.engine.attention.prefixes import Cost, shared_prefixes
+from kvmesh.engine.attention.prefixes import CHUNK_BLOCKS, Cost, shared_prefixes
 from kvmesh.types import BLOCK_TOKENS
 
 MAX_HEAD_DIM = 256
 KEYS_AT_ONCE = 256
 """The kernel sums over keys in chunks of so many: who shares whole ones gets what he would get alone, bit by bit."""
-SHARING = Cost(multiple=KEYS_AT_ONCE // BLOCK_TOKENS)
+SHARING = Cost(multiple=KEYS_AT_ONCE // BLOCK_TOKENS, chunk_blocks=CHUNK_BLOCKS)
 _LANES = 16
 _INT32 = np.dtype(np.int32)
 

@@ -27,7 +27,7 @@ SOURCES = Path(__file__).parent / "kernel"
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fPIC",
     "-shared",

@@ -17,23 +17,29 @@ ROWS = 8
 """Queries that one load of a key serves in the kernel."""
 MERGE_BLOCKS = 6
 """What merging the parts of one query costs, in blocks of keys that might as well be loaded (bench/hydragen.py)."""
+CHUNK_BLOCKS = 1.0
+"""What keeping and adding another part of one query costs, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """When sharing pays: `group` query heads of each sequence read one KV head.
 
-    Prefixes begin and end at multiples of `multiple` blocks.
+    Prefixes begin and end at multiples of `multiple` blocks, and so many of a sequence's later blocks make a part that
+    costs `chunk_blocks` to merge.
     """
 
     group: int = 1
     merge_blocks: int = MERGE_BLOCKS
     multiple: int = 1
+    chunk_blocks: float = 0.0
 
-    def pays(self, members: int, blocks: int) -> bool:
-        """True if what is not loaded again, eight queries at a time, is more than the merging costs."""
+    def pays(self, members: int, blocks: int, later: int = 0) -> bool:
+        """True if what is not loaded again, eight queries at a time, is more than the merging costs; `later`: blocks of
+        all members behind the prefix."""
         loads = members * -(-self.group // ROWS) - -(-members * self.group // ROWS)
-        return loads * blocks > members * self.group * self.merge_blocks
+        parts = later / self.multiple * self.chunk_blocks
+        return loads * blocks > self.group * (members * self.merge_blocks + parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +62,18 @@ def shared_prefixes(
     firsts = tables[first_block[eligible]].tolist()
     if len(set(firsts)) == len(firsts):
         return []
-    columns = np.arange(full[eligible].max())
+    lengths = full[eligible]
+    columns = np.arange(lengths.max())
     positions = first_block[eligible, None] + columns
     grid = tables[np.minimum(positions, len(tables) - 1)]
     # Beyond its end no sequence equals another.
-    grid = np.where(columns < full[eligible, None], grid, -1 - np.arange(len(eligible), dtype=np.int32)[:, None])
-    found = _descend(grid, np.arange(len(eligible)), 0, 0, cost)
+    grid = np.where(columns < lengths[:, None], grid, -1 - np.arange(len(eligible), dtype=np.int32)[:, None])
+    found = _descend(grid, lengths, np.arange(len(eligible)), 0, 0, cost)
     return [SharedPrefix(eligible[prefix.members], prefix.first, prefix.end) for prefix in found]
 
 
 def _descend(
-    grid: NDArray[np.int32], rows: NDArray[np.int64], first: int, column: int, cost: Cost
+    grid: NDArray[np.int32], lengths: NDArray[np.int32], rows: NDArray[np.int64], first: int, column: int, cost: Cost
 ) -> Iterator[SharedPrefix]:
     """Prefixes among `rows`, equal before `column`, whose blocks before `first` are covered by an outer prefix."""
     for members in _groups(grid[rows, column], rows):
@@ -74,11 +81,11 @@ def _descend(
         parted = column + (int(same.argmin()) if not same.all() else len(same))
         end = parted // cost.multiple * cost.multiple
         start = first
-        if cost.pays(len(members), end - first):
+        if cost.pays(len(members), end - first, int((lengths[members] - end).sum())):
             yield SharedPrefix(members, first, end)
             start = end
         if parted < grid.shape[1]:
-            yield from _descend(grid, members, start, parted, cost)
+            yield from _descend(grid, lengths, members, start, parted, cost)
 
 
 def _groups(keys: NDArray[np.int32], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -1,11 +1,13 @@
 """Decode steps replayed from CUDA graphs, one for each number of rows in BUCKETS: hundreds of launches become one.
 
 A batch is filled up to the next bucket with rows that read and write a page of nobody's. Whatever is not a plain
-decode batch is computed operation by operation. Knows no attention but that it can be captured.
+decode batch is computed operation by operation, and so is everything once a capture has failed. Knows no attention but
+that it can be captured.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,12 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvmesh.engine.attention.flashinfer import CAPTURED_ROWS, FlashInferAttention
+from kvmesh.engine.attention.flashinfer import FlashInferAttention
+from kvmesh.engine.attention.flashinfer_wrappers import CAPTURED_ROWS
 from kvmesh.engine.attention.interface import Segment
 from kvmesh.engine.cuda.staging import to_device
 from kvmesh.engine.forward import EagerForward
 from kvmesh.engine.models.llama import Decoder
 
+log = logging.getLogger(__name__)
+
+TOLERANCE = 2e-2
+"""Of a replayed step, relative to the same step computed operation by operation."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, CAPTURED_ROWS)
 
 
@@ -52,21 +59,43 @@ class CudaRecorder:
 
 
 class GraphedForward:
-    """Implements `Forward`; graphs are captured when they are first needed."""
+    """Implements `Forward`; graphs are captured when they are first needed. `captures`: false once one has failed."""
 
     def __init__(self, model: Decoder, attention: FlashInferAttention, recorder: Recorder) -> None:
         self._model, self._attention, self._recorder = model, attention, recorder
         self._eager = EagerForward(model, attention)
+        self.captures = True
         self._replays: dict[int, Callable[[], Tensor]] = {}
         self._inputs = torch.zeros(2, CAPTURED_ROWS, dtype=torch.int64, device=model.device)
 
     def __call__(self, token_ids: Sequence[int], positions: Sequence[int], segments: Sequence[Segment]) -> Tensor:
+        if self.captures and len(segments) == len(token_ids) <= BUCKETS[-1]:
+            try:
+                states = self._replayed(token_ids, positions, segments)
+            except IndexError:
+                raise  # The batch is to blame, whoever computes it.
+            except Exception as problem:
+                log.warning("decode steps are not replayed from graphs: %s", problem)
+                self.captures, states = False, None
+            if states is not None:
+                return states
+        return self._eager(token_ids, positions, segments)
+
+    @torch.inference_mode()
+    def agrees(self) -> bool:
+        """Whether a step of one row can be replayed, and is then what it is without. Writes to block 0."""
+        step = ((0,), (0,), (Segment(0, 1, (0,)),))
+        replayed, computed = self(*step).float().clone(), self._eager(*step).float()
+        return self.captures and bool((replayed - computed).norm() <= TOLERANCE * computed.norm())
+
+    def _replayed(
+        self, token_ids: Sequence[int], positions: Sequence[int], segments: Sequence[Segment]
+    ) -> Tensor | None:
+        """None if there should be no graph for such a batch."""
         rows = len(segments)
-        if rows != len(token_ids) or rows > BUCKETS[-1]:
-            return self._eager(token_ids, positions, segments)
         bucket = BUCKETS[bisect_left(BUCKETS, rows)]
         if not self._attention.plan_captured(segments, bucket):
-            return self._eager(token_ids, positions, segments)
+            return None
         filling = [0] * (bucket - rows)
         inputs = torch.tensor([[*token_ids, *filling], [*positions, *filling]], dtype=torch.int64)
         self._inputs[:, :bucket].copy_(to_device(inputs, self._model.device))

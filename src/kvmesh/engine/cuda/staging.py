@@ -6,7 +6,7 @@ of pinned memory, so that no call but the first of its size pays for pinning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class Staging(Protocol):
     def download(self, device: Tensor) -> Download:
         """Begins to copy a tensor that nobody else will change."""
 
-    def fence(self, blocks: Collection[int]) -> None:
+    def fence(self, blocks: Iterable[int]) -> None:
         """What is computed after this sees uploads to these blocks."""
 
 
@@ -62,7 +62,7 @@ class InFlight:
     def add(self, blocks: Collection[int], event: Event) -> None:
         self._uploads.append((frozenset(blocks), event))
 
-    def take(self, blocks: Collection[int]) -> list[Event]:
+    def take(self, blocks: Iterable[int]) -> list[Event]:
         """The events to wait for before these blocks are read; forgets them, and those that have happened."""
         if not self._uploads:
             return []
@@ -83,7 +83,7 @@ class DirectStaging:
     def download(self, device: Tensor) -> Download:
         return Download(device.cpu())
 
-    def fence(self, blocks: Collection[int]) -> None:
+    def fence(self, blocks: Iterable[int]) -> None:
         """Nothing is ever on its way."""
 
 
@@ -110,7 +110,7 @@ class CudaStaging:
             device.record_stream(self._side)
             return Download(pinned, self._side.record_event())
 
-    def fence(self, blocks: Collection[int]) -> None:
+    def fence(self, blocks: Iterable[int]) -> None:
         for event in self._in_flight.take(blocks):
             event.wait()
 

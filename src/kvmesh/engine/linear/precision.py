@@ -9,9 +9,9 @@ measures nothing.
 | int4      | int4, of activations in 8 bits                            | W8A8     | bfloat16           |
 | auto      | int4 for few rows if that loses nothing, W8A8 for others  | W8A8     | bfloat16           |
 
-These are the native products. Where there are none, the libraries' serve, which scale a row as a whole: W8A8 is then
-smoothed, `down` (whose inputs are products) and the head stay bfloat16, int4 is for up to 4 rows, and `auto` takes W8A8
-for over 64 rows only.
+These are the native products: of bf16 with AVX2 and FMA, of the others with AVX512-VNNI. Where there are none, the
+libraries' serve, which scale a row as a whole: W8A8 is then smoothed, `down` (whose inputs are products) and the head
+stay bfloat16, int4 is for up to 4 rows, and `auto` takes W8A8 for over 64 rows only.
 """
 
 from __future__ import annotations

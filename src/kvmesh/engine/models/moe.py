@@ -1,7 +1,7 @@
 """Mixture of experts: each token runs through the few experts that its router chooses.
 
 Tokens are sorted by expert, so that each expert is one matrix product over its own rows, and scattered back weighted.
-The order in which a token's experts are added depends on nothing but the token: batching does not change results.
+The order in which a token's experts are added depends on nothing but the token: batching does not change it.
 Knows not which model it serves. Papers: Mixtral (arXiv 2401.04088), DeepSeek-V3 (arXiv 2412.19437), MegaBlocks for
 the grouping (arXiv 2211.15841).
 """

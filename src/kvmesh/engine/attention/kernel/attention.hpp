@@ -14,6 +14,7 @@ namespace kvmesh {
 constexpr int TILE = 64;  // rows of a work item
 constexpr int MAX_HEAD_DIM = 256;
 constexpr double ALONE = 4e5;  // multiplications below which sharing them out does not pay
+constexpr int64_t MOST_PARTS = 1 << 24;  // floats
 constexpr float LOWEST = -1e30f;
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
@@ -54,7 +55,7 @@ class Attention {
         crew.run(static_cast<int>(items_.size()), alone, [&](int i, int thread) {
             attend<T>(batch, Layer<T>{pool_, layer}, rows, items_[i], scratch_[thread]);
         });
-        if (!parts_.empty()) merge<T>(batch, rows);
+        if (!parts_.empty()) merge<T>(crew, alone, batch, rows);
     }
 
   private:
@@ -80,11 +81,18 @@ class Attention {
         }
         const bool alone = threads == 1 || work_ < ALONE;
         if (!alone && static_cast<int>(items_.size()) < 4 * threads) split(threads);
+        if (!whole_.empty() && place_parts() > MOST_PARTS) items_.swap(whole_);
+        whole_.clear();
+        parts_.resize(place_parts());
+        return alone;
+    }
+
+    // Their number of floats.
+    int64_t place_parts() {
         int64_t size = 0;
         for (Item& item : items_)
             if (item.partial) item.part = size, size += int64_t{item.parts()} * item.rows * stride();
-        parts_.resize(size);
-        return alone;
+        return size;
     }
 
     // The same for each head.
@@ -94,10 +102,9 @@ class Attention {
     }
 
     void split(int threads) {
-        std::vector<Item> whole;
-        whole.swap(items_);
-        const int wanted = (4 * threads + static_cast<int>(whole.size()) - 1) / static_cast<int>(whole.size());
-        for (Item item : whole) {
+        whole_.swap(items_);
+        const int wanted = (4 * threads + static_cast<int>(whole_.size()) - 1) / static_cast<int>(whole_.size());
+        for (Item item : whole_) {
             const int last = item.to, step = std::max(CHUNK, ((last - item.from) / wanted + CHUNK - 1) / CHUNK * CHUNK);
             const int first = item.from / CHUNK * CHUNK;
             item.partial |= last - first > step;
@@ -226,20 +233,24 @@ class Attention {
     }
 
     // Joins all parts of each row in the first of them, and emits it. Prefixes, outer ones first, have the earlier keys.
-    template <class T> void merge(const Batch& batch, const Rows& rows) {
-        sums_.assign(tokens_ * rows.heads, nullptr);
-        const auto each = [&](bool prefixes, auto f) {
-            for (const Item& item : items_)
-                for (int i = 0; item.partial && prefixes == (item.prefix >= 0) && i < item.parts() * item.rows; ++i)
-                    f(index(batch, item, item.row + i % item.rows, rows.heads), &parts_[item.part + i * stride()]);
-        };
-        const auto add = [&](int64_t row, float* sums) {
-            sums_[row] ? join(sums_[row], sums) : void(sums_[row] = sums);
-        };
-        each(true, add);
-        each(false, add);
-        for (int64_t row = 0; row < static_cast<int64_t>(sums_.size()); ++row)
-            if (float* sums = sums_[row]) emit<T>(rows, row, sums, sums[padded()], sums[padded() + 1]);
+    template <class T> void merge(Crew& crew, bool alone, const Batch& batch, const Rows& rows) {
+        const int64_t count = int64_t{tokens_} * rows.heads;
+        sums_.assign(count, nullptr);
+        const int shares = alone ? 1 : crew.size();
+        crew.run(shares, alone, [&](int share, int) {
+            for (const bool prefixes : {true, false})
+                for (const Item& item : items_)
+                    for (int r = 0; item.partial && prefixes == (item.prefix >= 0) && r < item.rows; ++r) {
+                        const int64_t row = index(batch, item, item.row + r, rows.heads);
+                        if (row % shares != share) continue;
+                        for (int i = 0; i < item.parts(); ++i) {
+                            float* sums = &parts_[item.part + (int64_t{i} * item.rows + r) * stride()];
+                            sums_[row] ? join(sums_[row], sums) : void(sums_[row] = sums);
+                        }
+                    }
+            for (int64_t row = share; row < count; row += shares)
+                if (float* sums = sums_[row]) emit<T>(rows, row, sums, sums[padded()], sums[padded() + 1]);
+        });
     }
 
     template <class T> void emit(const Rows& rows, int64_t row, const float* out, float m, float l) const {
@@ -253,7 +264,7 @@ class Attention {
     Crew crew_;
     int group_ = 1;
     std::vector<Scratch> scratch_;
-    std::vector<Item> items_;
+    std::vector<Item> items_, whole_;  // whole_: before they were split
     std::vector<int> first_token_;
     std::vector<float> parts_;
     std::vector<float*> sums_;

@@ -15,6 +15,8 @@ const char* kvmesh_isa() {
     return "AVX512-BF16";
 #elif defined(__AVX512F__)
     return "AVX-512";
+#elif defined(KVMESH_PRODUCTS)
+    return "AVX2";
 #elif defined(__AVX__)
     return "AVX";
 #else

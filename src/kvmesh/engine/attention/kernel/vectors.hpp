@@ -10,6 +10,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__AVX512F__)
 #define KVMESH_WIDTH 16
@@ -44,16 +46,15 @@ INLINE vfloat every(float x) { return x - vfloat{}; }
 INLINE word bits(float x) { word w; std::memcpy(&w, &x, 4); return w; }
 INLINE uint16_t to_bfloat16(float x) { const word w = bits(x); return (w + 0x7fff + (w >> 16 & 1)) >> 16; }
 
-// a * b + c with one rounding where the target can, whatever code stands around it: the compiler, which may contract
-// a product and a sum or not, would do so here and not there.
+// a * b + c with one rounding where the target can. The compiler is told not to contract products and sums by itself:
+// it would do so here and not there.
 INLINE vfloat fused(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
     return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__FP_FAST_FMAF)
-    for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
+#elif defined(__aarch64__)
+    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
