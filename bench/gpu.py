@@ -1,11 +1,11 @@
 """FlashInfer's back end on a CUDA device: builds it, holds it against the textbook, then times it beside its limits.
 
-    python bench/gpu.py [--sections check decode prefill shared transformers] [--seconds 120] [--batch 1 16 64]
-                        [--prefix 1024 4096 16384] [--shared-batch 16 64 256] [--aot FOLDER] [--save FOLDER]
-                        [--json FILE]
+    python bench/gpu.py [--sections check decode prefill shared transformers] [--seconds 90] [--limit 150]
+                        [--batch 1 16 64] [--prefix 1024 4096 16384] [--shared-batch 16 64 256]
+                        [--aot LIBRARIES] [--save LIBRARIES] [--json FILE]
 
-check         builds FlashInfer's libraries, side by side, once; each path's largest difference from the textbook;
-              captured steps against plain ones; KV out and in through pinned memory
+check         KV out and in through pinned memory; builds FlashInfer's libraries path by path, and each path's largest
+              difference from the textbook; captured steps against plain ones
 decode        one step of a model of Llama-3-8B's shape, beside the time that reading weights and KV takes at the copy
               rate measured here
 prefill       a prompt in one chunk, beside the time that its products take at the matrix rate measured here
@@ -13,24 +13,37 @@ shared        a step whose sequences share a prefix: read once a sequence agains
 transformers  decode steps of its `generate` on the same shape
 
 Weights are random, sampling is greedy, and times are wall time of whole steps, sampling included: medians. A section
-begins no case after --seconds, and says what it left out. --aot: libraries built ahead, as FOLDER/VERSION/NAME/NAME.so
-for this very version of FlashInfer (bench/gpu_libraries.py makes them, without a device); --save: where to put those
-that were compiled here. No device: no figures.
+begins no case after --seconds, and says what it left out.
+
+Each section is a process, killed after --limit seconds (check, which compiles, after twice that): what it breaks on the
+device is its own. The JSON file is whole after every row: {SECTION: {"rows": [...], "error": "what ended it"}}. The
+exit status is 1 if a section failed or a path did not pass, once all have run.
+
+--aot: libraries built ahead for this very version of FlashInfer (bench/gpu_libraries.py makes them, without a device):
+a folder that holds VERSION/NAME/NAME.so, or a tar file of it, NAME.tar. --save: where to add those that are compiled
+here, likewise, each time that some are. No device: no figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_libraries import SETS, build, keep, take
+from gpu_libraries import build, keep, take
 from gpu_limits import (
     LLAMA_3_8B,
     copy_rate,
@@ -42,6 +55,7 @@ from gpu_limits import (
 )
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvmesh.engine.api import KvLayout
 from kvmesh.engine.attention.agreement import BLOCKS, largest_error
@@ -63,24 +77,59 @@ from kvmesh.types import BLOCK_TOKENS, SamplingParams
 
 CONTEXT, PROMPT, OWN = 1024, 4096, 64
 GREEDY = (Draw(SamplingParams(max_tokens=1, temperature=0.0), 0, 0, (), ()),)
-Rows = list[dict[str, Any]]
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known so far, in a JSON file that is whole at any moment. One process at a time writes to it."""
+
+    path: Path
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text())
+        return found
+
+    def write(self, content: dict[str, Any]) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(self.path)
+
+    def add(self, section: str, row: Figures) -> None:
+        content = self.read()
+        content.setdefault(section, {"rows": []})["rows"].append(row)
+        self.write(content)
+
+    def fail(self, section: str, error: str) -> None:
+        """The first error counts: what follows is its consequence."""
+        content = self.read()
+        content.setdefault(section, {"rows": []}).setdefault("error", error)
+        self.write(content)
 
 
 @dataclass(slots=True)
 class Bench:
-    """What the sections share: the device, the module, the model once it is needed, and how long a section may take."""
+    """What a section needs: the device, the module, the model once it is asked for, and where its rows go."""
 
     device: str
     flashinfer: FlashInfer
-    seconds: float
     arguments: argparse.Namespace
+    add: Callable[[Figures], None]
     shape: dict[str, Any] = field(default_factory=lambda: LLAMA_3_8B)
     _model: Decoder | None = None
 
     @property
     def model(self) -> Decoder:
-        self._model = self._model or random_decoder(self.shape, self.device)
+        if self._model is None:
+            self.build("llama")
+            self._model = random_decoder(self.shape, self.device)
         return self._model
+
+    def build(self, libraries: str) -> None:
+        """Compiles what is not there yet, and saves it at once: what comes next may not return."""
+        build([libraries])
+        if self.arguments.save:
+            keep(self.flashinfer, self.arguments.save, [libraries])
 
     def runner(self, blocks: int, least: int | None = None) -> TorchRunner:
         """`least`: the bytes a layer that sharing must save; None: nothing is shared."""
@@ -92,21 +141,22 @@ class Bench:
         back_end = flashinfer_back_end(heads, self.device, self.flashinfer, sharing=sharing)
         return TorchRunner(self.model, blocks, None, back_end)
 
-    def within_time(self, cases: Sequence[Any], left_out: Rows) -> Iterator[Any]:
+    def within_time(self, cases: Sequence[Any]) -> Iterator[Any]:
         """Those for which there is time; the first always."""
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + self.arguments.seconds
         for number, case in enumerate(cases):
             if number and time.monotonic() > end:
-                left_out.append({"left out": str(case)})
+                self.add({"left out": str(case)})
                 continue
             yield case
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way through the kernels."""
+    """One way through the kernels, and the set of libraries that it adds to those before it."""
 
     name: str
+    libraries: str
     layout: KvLayout
     heads: int
     window: int | None = None
@@ -114,45 +164,51 @@ class Way:
     tolerance: float = 0.05
 
     def error(self, bench: Bench) -> float:
-        build = flashinfer_back_end(
+        bench.build(self.libraries)
+        back_end = flashinfer_back_end(
             self.heads, bench.device, bench.flashinfer, self.stored, lambda layout: SavedBytes(least=1)
         )
-        _, attention = build(self.layout, BLOCKS, [self.window])
+        _, attention = back_end(self.layout, BLOCKS, [self.window])
         return largest_error(attention, self.layout, self.heads, bench.device, self.window)
 
 
 WAYS = (
-    Way("GQA 32/8, d 128, shared", KvLayout(1, 8, 128, "bfloat16"), 32),
-    Way("GQA 9/3, d 64, shared", KvLayout(1, 3, 64, "bfloat16"), 9),
-    Way("window 9", KvLayout(1, 8, 128, "bfloat16"), 32, window=9),
-    Way("float8 KV", KvLayout(1, 8, 128, "bfloat16"), 32, stored=torch.float8_e4m3fn, tolerance=0.3),
-    Way("latent 512 + 64", KvLayout(1, 1, 576, "bfloat16", planes=1), 16),
+    Way("GQA 32/8, d 128, shared", "llama", KvLayout(1, 8, 128, "bfloat16"), 32),
+    Way("GQA 9/3, d 64, shared", "smollm2", KvLayout(1, 3, 64, "bfloat16"), 9),
+    Way("window 9", "window", KvLayout(1, 8, 128, "bfloat16"), 32, window=9),
+    Way("float8 KV", "float8", KvLayout(1, 8, 128, "bfloat16"), 32, stored=torch.float8_e4m3fn, tolerance=0.3),
+    Way("latent 512 + 64", "latent", KvLayout(1, 1, 576, "bfloat16", planes=1), 16),
 )
 
 
-def check(bench: Bench) -> Rows:
-    rows: Rows = [{"path": "libraries", **outcome(_built, 1.0)}]
-    for way in bench.within_time(WAYS, rows):
-        rows.append({"path": way.name, **outcome(partial(way.error, bench), way.tolerance)})
-    rows.append({"path": "captured steps", **outcome(partial(_captured_error, bench), 0.05)})
-    rows.append({"path": "KV out and in", **outcome(partial(_moved_error, bench), 1e-9)})
-    return rows
+def check(bench: Bench) -> None:
+    """Captures come last: one that fails can leave the device's state behind for what follows."""
+    bench.add({"path": "KV out and in", **outcome(partial(_moved_error, bench), 1e-9)})
+    for way in WAYS:
+        bench.add({"path": way.name, **outcome(partial(way.error, bench), way.tolerance)})
+    bench.add({"path": "captured steps", **outcome(partial(_captured_error, bench), 0.05)})
 
 
-def _built() -> float:
-    """It builds or it fails: there is nothing to compare."""
-    build(SETS)
-    return 0.0
-
-
-def outcome(error: Callable[[], float], tolerance: float) -> dict[str, Any]:
-    """One path's failure is a row, not the end."""
+def outcome(error: Callable[[], float], tolerance: float) -> Figures:
+    """One path's failure is a row, not the end. NaN does not pass."""
     began = time.perf_counter()
     try:
         found = error()
     except Exception as problem:
-        return {"passed": False, "problem": f"{type(problem).__name__}: {problem}"[:300]}
+        traceback.print_exc()
+        return {"passed": False, "problem": told(problem), "seconds": time.perf_counter() - began}
     return {"passed": found < tolerance, "largest error": found, "seconds": time.perf_counter() - began}
+
+
+def told(problem: Exception) -> str:
+    """All of it, what happened first: a compiler's message is long, and its end matters."""
+    stack = "".join(traceback.format_tb(problem.__traceback__))
+    return f"{type(problem).__name__}: {problem}\n{stack}"
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if there is any, which Python's max would pass over."""
+    return torch.tensor(list(errors), dtype=torch.float64).max().item()
 
 
 def _captured_error(bench: Bench) -> float:
@@ -164,13 +220,16 @@ def _captured_error(bench: Bench) -> float:
     for _ in range(2):
         pool = PagePool(layout, 64, bench.device, staging_for(bench.device))
         attentions.append(FlashInferAttention(pool, model.windows, model.config.heads, bench.flashinfer, None))
-    forwards = GraphedForward(model, attentions[0], CudaRecorder()), EagerForward(model, attentions[1])
-    worst = 0.0
+    graphed, plain = GraphedForward(model, attentions[0], CudaRecorder()), EagerForward(model, attentions[1])
+    errors = []
     for step, rows in enumerate((5, 7, 3, 1, 7, 5)):
         segments = [Segment(step, 1, [row]) for row in range(rows)]
-        states = [forward([7 + step] * rows, [step] * rows, segments).float().clone() for forward in forwards]
-        worst = max(worst, ((states[0] - states[1]).abs().max() / states[1].abs().max()).item())
-    return worst
+        ways = (graphed, plain)
+        replayed, computed = (way([7 + step] * rows, [step] * rows, segments).float().clone() for way in ways)
+        errors.append(((replayed - computed).abs().max() / computed.abs().max()).item())
+    if not graphed.captures:  # It then computes plainly, which would agree.
+        raise RuntimeError("a capture failed: the log says why")
+    return worst(errors)
 
 
 def _moved_error(bench: Bench) -> float:
@@ -183,15 +242,14 @@ def _moved_error(bench: Bench) -> float:
     return float((begun() != data).sum())
 
 
-def decode(bench: Bench) -> Rows:
-    rows: Rows = []
+def decode(bench: Bench) -> None:
     rate = copy_rate(bench.device)
-    for batch in bench.within_time(bench.arguments.batch, rows):
+    for batch in bench.within_time(bench.arguments.batch):
         blocks = batch * (CONTEXT // BLOCK_TOKENS)
         runner = bench.runner(blocks)
         seconds = step_seconds(runner, 0, batch, CONTEXT)
         needed = weight_bytes(bench.model) + batch * CONTEXT * runner.layout.bytes_per_token
-        rows.append(
+        bench.add(
             {
                 "batch": batch,
                 "step ms": 1e3 * seconds,
@@ -201,21 +259,19 @@ def decode(bench: Bench) -> Rows:
                 "copy GB/s": rate / 1e9,
             }
         )
-    return rows
 
 
-def prefill(bench: Bench) -> Rows:
-    rows: Rows = []
+def prefill(bench: Bench) -> None:
     rate = matrix_rate(bench.device)
     config, runner = bench.model.config, bench.runner(PROMPT // BLOCK_TOKENS)
-    for tokens in bench.within_time([PROMPT // 8, PROMPT // 2, PROMPT], rows):
+    for tokens in bench.within_time([PROMPT // 8, PROMPT // 2, PROMPT]):
         table = list(range(tokens // BLOCK_TOKENS))
         batch = Batch((Row([5] * tokens, 0, table, GREEDY),))
         seconds = median_seconds(partial(runner.run, batch), 5, 2)
         layers = sum(weight.numel() for weight in layer_weights(bench.model))
         attention = 2 * config.layers * config.heads * config.head_dim * tokens**2
         operations = 2 * layers * tokens + attention
-        rows.append(
+        bench.add(
             {
                 "tokens": tokens,
                 "ms": 1e3 * seconds,
@@ -224,19 +280,17 @@ def prefill(bench: Bench) -> Rows:
                 "matrix TFLOP/s": rate / 1e12,
             }
         )
-    return rows
 
 
-def shared(bench: Bench) -> Rows:
+def shared(bench: Bench) -> None:
     """Both ways, whole steps; `default` is what the cost rule chooses."""
-    rows: Rows = []
     cases = [(p, b) for p in bench.arguments.prefix for b in bench.arguments.shared_batch]
     blocks = max(p // BLOCK_TOKENS + b * (OWN // BLOCK_TOKENS) for p, b in cases)
     plain, once = bench.runner(blocks), bench.runner(blocks, least=1)
     saves = saved_bytes(plain.layout)
-    for prefix, batch in bench.within_time(sorted(cases, key=lambda case: -case[0] * case[1]), rows):
+    for prefix, batch in bench.within_time(sorted(cases, key=lambda case: -case[0] * case[1])):
         seconds = [step_seconds(runner, prefix, batch, OWN, repeats=5) for runner in (plain, once)]
-        rows.append(
+        bench.add(
             {
                 "prefix": prefix,
                 "batch": batch,
@@ -246,19 +300,17 @@ def shared(bench: Bench) -> Rows:
                 "default": "shared" if saves.pays(batch, prefix // BLOCK_TOKENS) else "plain",
             }
         )
-    return rows
 
 
-def transformers(bench: Bench) -> Rows:
+def transformers(bench: Bench) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    rows: Rows = []
     fields = {name: value for name, value in bench.shape.items() if name != "model_type"}
     with torch.device(bench.device):
         peer = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             LlamaConfig(**fields), dtype=torch.bfloat16
         ).eval()
-    for batch in bench.within_time(bench.arguments.batch, rows):
+    for batch in bench.within_time(bench.arguments.batch):
         prompt = torch.full((batch, 512), 5, device=bench.device)
 
         def generate(new: int, prompt: torch.Tensor = prompt) -> None:
@@ -267,8 +319,7 @@ def transformers(bench: Bench) -> Rows:
         theirs = (median_seconds(lambda: generate(33), 3, 1) - median_seconds(lambda: generate(1), 3, 1)) / 32
         ours = step_seconds(bench.runner(batch * 528 // BLOCK_TOKENS), 0, batch, 528)
         rates = {"transformers tokens/s": batch / theirs, "kvmesh tokens/s": batch / ours}
-        rows.append({"batch": batch, **rates, "ratio": theirs / ours})
-    return rows
+        bench.add({"batch": batch, **rates, "ratio": theirs / ours})
 
 
 def step_seconds(runner: TorchRunner, prefix: int, batch: int, own: int, repeats: int = 10) -> float:
@@ -279,7 +330,7 @@ def step_seconds(runner: TorchRunner, prefix: int, batch: int, own: int, repeats
     return median_seconds(lambda: runner.run(step), repeats)
 
 
-SECTIONS: dict[str, Callable[[Bench], Rows]] = {
+SECTIONS: dict[str, Callable[[Bench], None]] = {
     "check": check,
     "decode": decode,
     "prefill": prefill,
@@ -288,48 +339,108 @@ SECTIONS: dict[str, Callable[[Bench], Rows]] = {
 }
 
 
-def show(name: str, rows: Rows) -> None:
+def recorded(name: str, section: Callable[[], None], report: Report) -> None:
+    """Runs it in this process; what it raises is in the report too."""
+    try:
+        section()
+    except Exception as problem:
+        report.fail(name, told(problem))
+        raise
+
+
+def supervise(name: str, command: Sequence[str], limit: float, report: Report) -> None:
+    """Runs a section in a process of its own; an end that it could not record itself is recorded here."""
+    # A group of its own, so that the compilers it has started end with it.
+    process = subprocess.Popen(command, process_group=0)
+    error = None
+    try:
+        if status := process.wait(limit):
+            error = f"ended with status {status}"
+    except subprocess.TimeoutExpired:
+        error = f"killed after {limit:g} s"
+        os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints where it was.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # A driver may hold it even now.
+            process.wait(10)
+    if error:
+        report.fail(name, error)
+
+
+def failures(content: dict[str, Any], sections: Sequence[str]) -> list[str]:
+    """Sections that failed, or a path of which did not pass."""
+    found = [(name, content.get(name, {"rows": []})) for name in sections]
+    return [name for name, one in found if "error" in one or not all(row.get("passed", True) for row in one["rows"])]
+
+
+def show(title: str, section: dict[str, Any]) -> None:
+    """Of texts the first line: the rest has been printed, and is in the report."""
+    rows = section["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(*columns, title=name)
+    table = Table(*columns, title=title)
     for row in rows:
         cells = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(width=140).print(table)
+        # A Text, for in a plain string rich takes brackets for its own.
+        table.add_row(*(Text(f"{cell:.3g}" if isinstance(cell, float) else first_line(cell)) for cell in cells))
+    console = Console(width=140)
+    console.print(table)
+    if "error" in section:
+        console.print(Text(first_line(section["error"])))
 
 
-def main() -> None:
+def first_line(value: object) -> str:
+    return str(value).partition("\n")[0]
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--seconds", type=float, default=120.0, help="after which a section begins no other case")
+    parser.add_argument("--seconds", type=float, default=90.0, help="after which a section begins no other case")
+    parser.add_argument("--limit", type=float, default=150.0, help="after which a section is killed; check: twice that")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prefix", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--shared-batch", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--aot", type=Path, help="libraries built ahead")
-    parser.add_argument("--save", type=Path, help="where to keep the libraries compiled here")
+    parser.add_argument("--aot", type=Path, help="libraries built ahead: a folder or a tar file")
+    parser.add_argument("--save", type=Path, help="where to keep the libraries compiled here: a folder or a tar file")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    # A section's own process: its rows go to --json, which is there.
+    parser.add_argument("--alone", choices=SECTIONS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = options()
     if not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py measures a CUDA device, and torch sees none here")
     try:
         flashinfer = import_flashinfer()
     except CannotBuild as error:
         raise SystemExit(f"bench/gpu.py needs kvmesh[gpu]: {error}") from None
+    if arguments.alone:
+        report = Report(arguments.json)
+        bench = Bench("cuda", flashinfer, arguments, partial(report.add, arguments.alone))
+        with torch.inference_mode():
+            recorded(arguments.alone, partial(SECTIONS[arguments.alone], bench), report)
+        return
     if arguments.aot:
         take(flashinfer, arguments.aot)
-    bench = Bench("cuda", flashinfer, arguments.seconds, arguments)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "flashinfer": getattr(flashinfer, "__version__", ""),
-    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # A section ends with this process.
+    with tempfile.TemporaryDirectory() as folder:
+        run_all(arguments, flashinfer, Report(arguments.json or Path(folder) / "gpu.json"))
+
+
+def run_all(arguments: argparse.Namespace, flashinfer: FlashInfer, report: Report) -> None:
+    device, version = torch.cuda.get_device_name(), getattr(flashinfer, "__version__", "")
+    report.write({"device": device, "torch": torch.__version__, "flashinfer": version})
+    script = [sys.executable, "-X", "faulthandler", __file__, *sys.argv[1:], "--json", str(report.path)]
     for name in arguments.sections:
-        with torch.inference_mode():
-            report[name] = SECTIONS[name](bench)
-        show(f"{name}, {report['device']}", report[name])
-        if arguments.save:
-            keep(flashinfer, arguments.save)
-        if arguments.json:  # After each section: a run that is cut short has said something.
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        supervise(name, [*script, "--alone", name], arguments.limit * (2 if name == "check" else 1), report)
+        show(f"{name}, {device}", report.read().get(name, {"rows": []}))
+    if failed := failures(report.read(), arguments.sections):
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

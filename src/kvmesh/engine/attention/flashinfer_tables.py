@@ -56,9 +56,7 @@ def tables_of(segments: Sequence[Segment]) -> Tables:
     return Tables(blocks, _cumulated(len(segment.block_ids) for segment in segments))
 
 
-def pages_of(
-    segments: Sequence[Segment], tables: Tables, limit: int, skip: NDArray[np.int64] | None = None
-) -> Pages:
+def pages_of(segments: Sequence[Segment], tables: Tables, limit: int, skip: NDArray[np.int64] | None = None) -> Pages:
     """The pages that segments read, without the first `skip[i]` of each.
 
     Raises:
