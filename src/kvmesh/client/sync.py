@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 from kvmesh.client.aio import AsyncClient, AsyncStream
 from kvmesh.client.events import Completion, Event, ModelInfo, WorkerStatus
@@ -20,6 +22,38 @@ T = TypeVar("T")
 CANCEL_TIMEOUT = 2.0
 
 
+class _Job(Generic[T]):
+    """Work on the loop that can be interrupted at any moment.
+
+    Ctrl-C may come between two statements: before there is a task to cancel, or in the locks of a future, which would
+    stay locked. A SimpleQueue has none that an interrupt could leave behind.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+        self.outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def start(self) -> None:
+        """In the loop's thread, as `cancel`."""
+        if not self._cancelled:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._task is None:
+            self.outcome.put((None, asyncio.CancelledError()))
+        else:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self.outcome.put((await self._work(), None))
+        except BaseException as error:
+            self.outcome.put((None, error))
+
+
 class _LoopThread:
     """An event loop that runs coroutines for other threads."""
 
@@ -28,19 +62,23 @@ class _LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvmesh-client", daemon=True)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Waits for `work`; interrupted (Ctrl-C), it is cancelled and has ended before this raises."""
-        ended = threading.Event()
-        future = asyncio.run_coroutine_threadsafe(_signal_end(work, ended), self._loop)
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Waits for `work`, called in the loop's thread; interrupted (Ctrl-C), that has ended before this raises."""
+        job = _Job(work)
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(job.start)
+            result, error = job.outcome.get()
         except BaseException:
-            if future.cancel():
-                ended.wait(CANCEL_TIMEOUT)
+            self._loop.call_soon_threadsafe(job.cancel)
+            with suppress(Empty):
+                job.outcome.get(timeout=CANCEL_TIMEOUT)
             raise
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        self.run(self._loop.shutdown_asyncgens())
+        self.run(lambda: self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -59,7 +97,7 @@ class Stream:
 
     def __next__(self) -> Event:
         try:
-            return self._loop.run(self._stream.__anext__())
+            return self._loop.run(lambda: self._stream.__anext__())
         except StopAsyncIteration:
             raise StopIteration from None
 
@@ -72,11 +110,11 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        self._loop.run(self._stream.__aexit__(None, None, None))
+        self._loop.run(lambda: self._stream.__aexit__(None, None, None))
 
     def abort(self) -> bool:
         """As AsyncStream.abort."""
-        return self._loop.run(self._stream.abort())
+        return self._loop.run(lambda: self._stream.abort())
 
 
 class Client:
@@ -91,7 +129,7 @@ class Client:
     def __init__(self, address: str) -> None:
         self.address = address
         self._loop = _LoopThread()
-        self._client = self._loop.run(_connect(address))
+        self._client = self._loop.run(lambda: _connect(address))
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +140,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._loop.run(self._client.close())
+        self._loop.run(lambda: self._client.close())
         self._loop.close()
 
     def generate(
@@ -129,28 +167,21 @@ class Client:
     ) -> Completion:
         """As AsyncClient.complete."""
         work = self._client.complete(prompt, chat=chat, token_ids=token_ids, timeout=timeout, **options)
-        return self._loop.run(work)
+        return self._loop.run(lambda: work)
 
     def abort(self, request_id: str) -> bool:
         """As AsyncClient.abort."""
-        return self._loop.run(self._client.abort(request_id))
+        return self._loop.run(lambda: self._client.abort(request_id))
 
     def models(self, model: str | None = None) -> list[ModelInfo]:
         """As AsyncClient.models."""
-        return self._loop.run(self._client.models(model))
+        return self._loop.run(lambda: self._client.models(model))
 
     def status(self, check: bool = False) -> list[WorkerStatus]:
         """As AsyncClient.status."""
-        return self._loop.run(self._client.status(check))
+        return self._loop.run(lambda: self._client.status(check))
 
 
 async def _connect(address: str) -> AsyncClient:
     """Built inside the loop that will use it."""
     return AsyncClient(address)
-
-
-async def _signal_end(work: Coroutine[Any, Any, T], ended: threading.Event) -> T:
-    try:
-        return await work
-    finally:
-        ended.set()

@@ -172,3 +172,29 @@ def test_the_synchronous_client_raises_typed_errors():
         stream = client.generate("hi")
         with pytest.raises(Overloaded, match="full"):
             list(stream)
+
+
+class InterruptedLoop:
+    """Hands work over to a loop, and is interrupted at once."""
+
+    def __init__(self, loop):
+        self.loop = loop
+
+    def call_soon_threadsafe(self, *work):
+        self.loop.call_soon_threadsafe(*work)
+        self.call_soon_threadsafe = self.loop.call_soon_threadsafe
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_waiting_cancels_too(monkeypatch):
+    """Ctrl-C between two statements: what had been handed to the loop must not run on while the stream is closed."""
+    router = ScriptedRouter(WAITING)
+    with threaded_router(router) as (address, loop), Client(address) as client:
+        with client.generate("hi") as stream:
+            next(stream)
+            next(stream)
+            monkeypatch.setattr(client._loop, "_loop", InterruptedLoop(client._loop._loop))
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+            monkeypatch.undo()
+        asyncio.run_coroutine_threadsafe(asyncio.wait_for(router.cancelled.wait(), 10), loop).result(15)
